@@ -1,1 +1,22 @@
-"""MobileNetV2 for PyTorch."""
+"""MobileNetV2 for PyTorch: train it on one to many devices, evaluate it, run it.
+
+import mbv2
+
+mbv2.list_models()
+model = mbv2.create_model("mobilenet_v2_1.0_224", pretrained=True)
+"""
+
+from mbv2.errors import UserError
+from mbv2.zoo import VARIANTS, Variant, create_model, list_models, variant_name
+
+__version__ = "0.1.0"
+__all__ = ["VARIANTS", "MobileNetV2", "UserError", "Variant", "create_model", "list_models", "variant_name"]
+
+
+def __getattr__(name: str) -> object:
+    # torch takes a second to import; listing the variants does not need it.
+    if name == "MobileNetV2":
+        from mbv2.model import MobileNetV2
+
+        return MobileNetV2
+    raise AttributeError(f"module 'mbv2' has no attribute {name!r}")

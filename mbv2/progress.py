@@ -59,7 +59,10 @@ class Progress:
         if self._enabled and now - self._last >= _SECONDS_BETWEEN_LINES:
             self._last = now
             rate = self.done / (now - self._started)
-            print(f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.1f} {self.unit}/s", file=sys.stderr)
+            print(
+                f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.1f} {self.unit}/s",
+                file=sys.stderr,
+            )
 
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
