@@ -1,0 +1,54 @@
+# `make quickstart` and `make test` do everything from a fresh clone; a second call repeats nothing that is
+# still up to date. PYTHON is only used to create the environment.
+PYTHON ?= python3
+DATA ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --quiet --disable-pip-version-check --no-input
+
+.PHONY: help setup quickstart test lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make quickstart              train, evaluate and run a small model on drawn pictures (2-3 minutes)"
+	@echo "make quickstart DATA=folder  the same on your pictures (folder/train/<class>/, folder/val/<class>/)"
+	@echo "make test                    all tests"
+	@echo "make lint                    ruff"
+	@echo "make clean                   remove the environment and build products"
+
+# What is installed depends on these files alone, so they are all the stamps look at. A failed or
+# interrupted install leaves no stamp and is taken up again.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mbv2 needs Python 3.10 or newer: make PYTHON=python3.11")'
+	@echo "creating $(VENV)" >&2
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# nvidia-dali has wheels for Linux only; without it the torch loader is used.
+EXTRAS := test,lint,tensorboard,build
+ifeq ($(shell uname -s),Linux)
+EXTRAS := $(EXTRAS),dali
+endif
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt setup.py
+	@echo "installing pinned packages into $(VENV) (minutes the first time)" >&2
+	@$(PIP) install -c constraints.txt "setuptools>=77" wheel
+	@$(PIP) install -c constraints.txt --no-build-isolation -e ".[$(EXTRAS)]"
+	@touch $@
+
+setup: $(VENV)/.installed
+
+quickstart: $(VENV)/.installed
+	@$(PY) -m mbv2.quickstart $(if $(DATA),--data_url "$(DATA)")
+
+test: $(VENV)/.installed
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed
+	@$(PY) -m ruff check
+	@$(PY) -m ruff format --check
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
