@@ -71,7 +71,7 @@ def draw_confusion(matrix: Any, class_names: Sequence[str], png: Path | str) -> 
     figure = _figure(side + 1.0, side)
     axes = figure.subplots()
     image = axes.imshow(shares * 100.0, cmap="Blues", vmin=0.0, vmax=100.0)
-    size = 10 if number <= 15 else 8 if number <= 30 else 6
+    size = 10 if number <= 15 else 8
     names = [_label(name) for name in class_names]
     axes.set_xticks(range(number), names, rotation=90 if number > 6 else 30, fontsize=size)
     axes.set_yticks(range(number), names, fontsize=size)
@@ -90,7 +90,7 @@ def draw_confusion(matrix: Any, class_names: Sequence[str], png: Path | str) -> 
             colour = "white" if shares[row, column] > 0.5 else _INK
             text = f"{counts[row, column]:.0f}"
             axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=size - 1)
-    bar = figure.colorbar(image, ax=axes, shrink=0.8)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, aspect=30, fraction=0.05)
     bar.set_label("share of the true class (%)")
     bar.outline.set_visible(False)
     _write(figure, Path(png))
