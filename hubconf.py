@@ -4,8 +4,8 @@
 `torch.hub.load(<folder or repository>, "mobilenet_v2", alpha=0.6, num_classes=10)`
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable as _Callable
+from typing import Any as _Any
 
 import torch as _torch
 
@@ -16,13 +16,13 @@ from mbv2.zoo import list_models as _list_models
 dependencies = ["torch", "torchvision", "safetensors"]
 
 
-def mobilenet_v2(alpha: float = 1.0, **options: Any) -> _torch.nn.Module:
+def mobilenet_v2(alpha: float = 1.0, **options: _Any) -> _torch.nn.Module:
     """MobileNetV2 of any width with fresh weights; options as for `mbv2.model.MobileNetV2`."""
     return _MobileNetV2(width_mult=alpha, **options)
 
 
-def _entry_point(name: str) -> Callable[..., _torch.nn.Module]:
-    def build(pretrained: Any = False, **options: Any) -> _torch.nn.Module:
+def _entry_point(name: str) -> _Callable[..., _torch.nn.Module]:
+    def build(pretrained: _Any = False, **options: _Any) -> _torch.nn.Module:
         return _create_model(name, pretrained=pretrained, **options)
 
     build.__name__ = name.replace(".", "_")

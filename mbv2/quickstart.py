@@ -34,8 +34,8 @@ class QuickstartOptions:
     data_url: str = ""
     output: str = "runs/quickstart"
     alpha: float = 0.35
-    resize: int = 64
-    epochs: int = 36
+    resize: int = 96
+    epochs: int = 27
     batch_size: int = 16
     max_lr: float = 0.02
     seed: int = 0

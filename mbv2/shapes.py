@@ -28,7 +28,7 @@ _TILT = 25
 class ShapesSpec:
     """What is drawn: pictures per class and split, side lengths in pixels (inclusive), and the seed."""
 
-    train_per_class: int = 60
+    train_per_class: int = 80
     val_per_class: int = 20
     min_side: int = 96
     max_side: int = 144
