@@ -11,7 +11,8 @@ from PIL import Image
 
 from mbv2.data import dali_loader
 from mbv2.data.batch import Batch
-from mbv2.data.dali_loader import DaliLoader, dali_available, plain_jpeg_size
+from mbv2.data.dali_loader import DaliLoader, dali_available
+from mbv2.data.jpeg_header import plain_jpeg_size
 from mbv2.data.recipe import Recipe
 from mbv2.data.sources import Sample, Source, open_source
 from mbv2.data.torch_loader import TorchLoader
@@ -118,7 +119,7 @@ def test_images_are_normalised_and_channels_last(tmp_path: Path, dtype: torch.dt
     assert (images.float() - reference[0].images.float()).abs().mean() < 0.02
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 18])
 def test_validation_sees_every_picture_exactly_once(tmp_path: Path, ranks: int) -> None:
     source = many(tmp_path, 17)
     seen = []
@@ -166,6 +167,18 @@ def test_an_epoch_left_early_does_not_leak_into_the_next(tmp_path: Path) -> None
         break
     again = epoch_of(loader)
     assert [b.labels.tolist() for b in again] == [b.labels.tolist() for b in whole]
+
+
+def test_a_closed_loader_can_be_iterated_again(tmp_path: Path) -> None:
+    loader = DaliLoader(many(tmp_path, 5), RECIPE, False, 2, World(), workers=2)
+    assert [batch.names for batch in epoch_of(loader)] == [batch.names for batch in epoch_of(loader)]
+
+
+def test_a_gpu_that_dali_cannot_use_is_one_clear_error(tmp_path: Path) -> None:
+    loader = DaliLoader(many(tmp_path, 2), RECIPE, False, 2, World(device=torch.device("cuda", 99)), workers=1)
+    with pytest.raises(UserError, match="DALI cannot start on cuda:99 .*--loader torch"):
+        list(loader)
+    loader.close()
 
 
 def test_batches_stay_intact_while_later_ones_are_made(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ not take as they are (anything but a whole 8-bit RGB or gray JPEG) are decoded h
 """
 
 import importlib.util
-import struct
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,16 +18,13 @@ from torchvision.transforms import v2
 
 from mbv2.data.batch import Batch, normalise
 from mbv2.data.decode import CorruptImage, decode
+from mbv2.data.jpeg_header import plain_jpeg_size
 from mbv2.data.recipe import Recipe, eval_geometry, sample_generator, train_window
 from mbv2.data.sampler import batches_per_epoch, train_batches, val_batches
 from mbv2.data.sources import Source
 from mbv2.data.torch_loader import MAX_REPLACEMENTS, usable_cores
 from mbv2.distributed import World
 from mbv2.errors import UserError
-
-# Start-of-frame markers of baseline, extended and progressive Huffman JPEG; the others go through `decode`.
-_PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)
-_MAX_PLAIN_PIXELS = 178_956_970
 
 
 def dali_available() -> bool:
@@ -37,44 +33,6 @@ def dali_available() -> bool:
         return importlib.util.find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:
         return False
-
-
-def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) when `data` is a whole 8-bit gray or YCbCr JPEG that every decoder reads alike, else None.
-
-    None is no verdict: `mbv2.data.decode.decode` then says whether the picture is good.
-    """
-    if data[:2] != b"\xff\xd8" or data.rfind(b"\xff\xd9", max(0, len(data) - 65536)) < 0:
-        return None
-    at, end, is_jfif, adobe_transform = 2, len(data) - 9, False, None
-    while at < end:
-        if data[at] != 0xFF:
-            return None
-        marker = data[at + 1]
-        if marker == 0xFF:
-            at += 1
-            continue
-        length = (data[at + 2] << 8) | data[at + 3]
-        if marker == 0xE0 and data[at + 4 : at + 8] == b"JFIF":
-            is_jfif = True
-        elif marker == 0xEE and data[at + 4 : at + 9] == b"Adobe" and at + 15 < end:
-            adobe_transform = data[at + 15]
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            if marker not in _PLAIN_FRAMES or at + 19 > end:
-                return None
-            precision, height, width, components = struct.unpack_from(">BHHB", data, at + 4)
-            if precision != 8 or height == 0 or width == 0 or height * width > _MAX_PLAIN_PIXELS:
-                return None
-            ids = data[at + 10], data[at + 13], data[at + 16]
-            # Without a JFIF header the component names or Adobe's flag may say that the three are RGB already.
-            is_ycc = is_jfif or adobe_transform == 1 or (adobe_transform is None and ids == (1, 2, 3))
-            if components == 1 or (components == 3 and is_ycc):
-                return height, width
-            return None
-        elif length < 2 or marker in (0xD8, 0xD9, 0xDA):
-            return None
-        at += 2 + length
-    return None
 
 
 class _Picture(NamedTuple):
@@ -143,7 +101,7 @@ class DaliLoader:
         self._batch_size, self._seed, self._dtype, self._repeat = batch_size, seed, dtype, repeat
         self._skip, self._prefetch = on_corrupt == "skip", max(1, prefetch)
         self._threads = max(1, min(workers, usable_cores()))
-        self._readers = ThreadPoolExecutor(self._threads, thread_name_prefix="mbv2-dali")
+        self._readers: ThreadPoolExecutor | None = None
         self._in_torch = train and (recipe.trivial_augment or recipe.random_erasing > 0)
         self._pipe: Any = None
         self._feed: Iterator[_HostBatch] = iter(())
@@ -169,7 +127,9 @@ class DaliLoader:
         failures: list[UserError] = []
         finished = False
         self._under_way.clear()
-        self._feed = self._host_batches(failures)
+        if self._readers is None:
+            self._readers = ThreadPoolExecutor(self._threads, thread_name_prefix="mbv2-dali")
+        self._feed = self._host_batches(self._readers, failures)
         try:
             self._begin()
             while True:
@@ -182,7 +142,7 @@ class DaliLoader:
                     # new one, and hand these pictures over decoded. That decoder has the say on what is broken.
                     if not self._under_way or self._under_way[0].decoded_here:
                         raise
-                    self._feed = self._decoded_batches(list(self._under_way), self._feed, failures)
+                    self._feed = self._decoded_batches(self._readers, list(self._under_way), self._feed, failures)
                     self._under_way.clear()
                     self._pipe = None
                     self._begin()
@@ -197,26 +157,32 @@ class DaliLoader:
         finally:
             if not finished:
                 # Batches of this epoch may still be in the pipeline: the next epoch gets a fresh one.
-                self._pipe = None
+                self._pipe, self._feed = None, iter(())
 
     def close(self) -> None:
-        """Release DALI's buffers and end the reader threads."""
-        self._pipe = None
+        """Release DALI's buffers and end the reader threads; iterating starts them anew."""
+        self._pipe, self._feed = None, iter(())
         self._under_way.clear()
-        self._readers.shutdown(wait=True, cancel_futures=True)
+        if self._readers is not None:
+            self._readers.shutdown(wait=True, cancel_futures=True)
+            self._readers = None
 
     def _begin(self) -> None:
         if self._pipe is None:
-            self._pipe = _build_pipeline(
-                self._recipe,
-                self._train,
-                self._batch_size,
-                _device_index(self._world),
-                self._threads,
-                self._prefetch,
-                torch.uint8 if self._in_torch else self._dtype,
-                self._next_inputs,
-            )
+            try:
+                self._pipe = _build_pipeline(
+                    self._recipe,
+                    self._train,
+                    self._batch_size,
+                    _device_index(self._world),
+                    self._threads,
+                    self._prefetch,
+                    torch.uint8 if self._in_torch else self._dtype,
+                    self._next_inputs,
+                )
+            except (ImportError, RuntimeError) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise UserError(f"DALI cannot start on {self._world.device} ({reason}); use --loader torch") from error
         else:
             self._pipe.reset()
         self._pipe.schedule_run()
@@ -252,7 +218,7 @@ class DaliLoader:
             labels = labels.pin_memory().to(self._world.device, non_blocking=True)
         return Batch(images.to(self._dtype), labels, [picture.name for picture in pictures])
 
-    def _host_batches(self, failures: list[UserError]) -> Iterator[_HostBatch]:
+    def _host_batches(self, readers: ThreadPoolExecutor, failures: list[UserError]) -> Iterator[_HostBatch]:
         """The epoch's batches ready for DALI; an error ends them and waits in `failures`.
 
         So the batches before the error are still delivered, as by the torch loader.
@@ -262,7 +228,7 @@ class DaliLoader:
         try:
             while True:
                 while len(ahead) < self._prefetch and (indices := next(todo, None)) is not None:
-                    ahead.append((indices, self._submit(indices, decode_all=False)))
+                    ahead.append((indices, self._submit(readers, indices, decode_all=False)))
                 if not ahead:
                     return
                 yield from self._collect(*ahead.popleft(), decoded_here=False)
@@ -274,12 +240,18 @@ class DaliLoader:
                     future.cancel()
 
     def _decoded_batches(
-        self, batches: list[_HostBatch], rest: Iterator[_HostBatch], failures: list[UserError]
+        self,
+        readers: ThreadPoolExecutor,
+        batches: list[_HostBatch],
+        rest: Iterator[_HostBatch],
+        failures: list[UserError],
     ) -> Iterator[_HostBatch]:
         """`batches` again, every picture decoded here, then `rest`."""
         try:
             for batch in batches:
-                yield from self._collect(batch.indices, self._submit(batch.indices, decode_all=True), decoded_here=True)
+                yield from self._collect(
+                    batch.indices, self._submit(readers, batch.indices, decode_all=True), decoded_here=True
+                )
         except UserError as error:
             failures.insert(0, error)
             return
@@ -295,11 +267,11 @@ class DaliLoader:
         else:
             self.skipped += skipped
 
-    def _submit(self, indices: list[int], decode_all: bool) -> list[Future]:
+    def _submit(self, readers: ThreadPoolExecutor, indices: list[int], decode_all: bool) -> list[Future]:
         share = -(-len(indices) // self._threads)
         epoch = self._epoch
         return [
-            self._readers.submit(
+            readers.submit(
                 lambda part: [self._prepare(epoch, index, decode_all) for index in part], indices[at : at + share]
             )
             for at in range(0, len(indices), share)
