@@ -35,7 +35,7 @@ class QuickstartOptions:
     output: str = "runs/quickstart"
     alpha: float = 0.35
     resize: int = 96
-    epochs: int = 27
+    epochs: int = 22
     batch_size: int = 16
     max_lr: float = 0.02
     seed: int = 0
