@@ -2,6 +2,7 @@
 
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 
 @cache
@@ -23,3 +24,16 @@ def imagenet_names() -> list[str]:
 def short_name(name: str) -> str:
     """The first of a name's synonyms: "tench" for "tench, Tinca tinca"."""
     return name.split(",", 1)[0]
+
+
+def class_names(meta: dict[str, Any], num_real_classes: int) -> tuple[list[str], bool]:
+    """Names by label for a network, and whether its weights file carried them.
+
+    The file's own come first, then ImageNet's short names when there are 1000 real classes, else "class N".
+    """
+    own = meta.get("class_names")
+    if isinstance(own, (list, tuple)) and len(own) == num_real_classes:
+        return [str(name) for name in own], True
+    if num_real_classes == 1000:
+        return [short_name(name) for name in imagenet_names()], False
+    return [f"class {label}" for label in range(num_real_classes)], False
