@@ -110,4 +110,4 @@ def _short(message: str) -> str:
     message = " ".join(message.split())
     message = re.sub(r'^Parser key "([^"]+)": ', r"--\1: ", message)
     message = re.sub(r"<class '(\w+)'>", r"\1", message)
-    return re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", message).rstrip(":.")
+    return re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", message.replace("Expected a ", "expected ").replace("Got value", "got")).rstrip(":.")
