@@ -65,9 +65,13 @@ class Result:
 
 
 def process_plan(gpus: int, cores: int) -> tuple[int, int]:
-    """(processes, threads in each): one process per GPU, or one process on all cores when there is none."""
+    """(processes, threads in each): one process per GPU, or one process when there is none.
+
+    Half the cores are left to the loader's workers: at so small a batch a second thread gains less in the
+    operators than decoding needs, and much is lost when the threads wait for a core.
+    """
     processes = max(1, gpus)
-    return processes, max(1, cores // processes)
+    return processes, max(1, cores // (2 * processes))
 
 
 def train_command(options: QuickstartOptions, data: Path, folder: Path, processes: int) -> list[str]:

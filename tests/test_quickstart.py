@@ -9,12 +9,12 @@ from mbv2.quickstart import QuickstartOptions, Result, main, process_plan, summa
 from mbv2.shapes import CLASS_NAMES, ShapesSpec, draw_shapes
 
 
-def test_one_process_per_gpu_with_the_cores_shared_out():
-    assert process_plan(gpus=8, cores=64) == (8, 8)
+def test_one_process_per_gpu_with_half_the_cores_shared_out():
+    assert process_plan(gpus=8, cores=64) == (8, 4)
 
 
-def test_without_a_gpu_there_is_one_process_on_all_cores():
-    assert process_plan(gpus=0, cores=2) == (1, 2)
+def test_without_a_gpu_there_is_one_process_and_a_core_left_for_the_loader():
+    assert process_plan(gpus=0, cores=2) == (1, 1)
 
 
 def test_every_process_has_at_least_one_thread():
