@@ -1,0 +1,1 @@
+"""Training: options, the loop, its schedule, optimizer and averages, checkpoints and logs."""

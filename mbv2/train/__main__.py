@@ -1,0 +1,7 @@
+"""`python -m mbv2.train` is `mbv2 train`, in the form that torchrun starts."""
+
+import sys
+
+from mbv2.cli import main
+
+sys.exit(main(["train", *sys.argv[1:]]))
