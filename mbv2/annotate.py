@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # Text stays readable when the picture is tiny (a wider canvas) or large (a font that grows with it).
 _LEAST_SIDE = 160
 _LEAST_WIDTH = 240
+_MOST_SIDE = 4096  # a copy to look at; JPEG itself ends at 65535
 _LEAST_FONT, _MOST_FONT = 14, 72
 _BAND, _INK, _PALE = (24, 26, 30), (255, 255, 255), (170, 176, 186)
 
@@ -24,7 +25,7 @@ def annotate(image: Image.Image, predictions: Sequence[tuple[str, float]]) -> Im
     """Draw names and probabilities in a band under a copy of `image`; no pixel of it is hidden.
 
     A picture under 160 pixels is enlarged by a whole factor, and a narrow one stands in the middle of a canvas of
-    at least 240 pixels. A name too long for the width is shortened with an ellipsis.
+    at least 240 pixels; one over 4096 pixels is shrunk. A name too long for the width is shortened with an ellipsis.
 
     Args:
         image: any mode; not changed.
@@ -34,6 +35,9 @@ def annotate(image: Image.Image, predictions: Sequence[tuple[str, float]]) -> Im
         An RGB picture.
     """
     picture = image.convert("RGB")
+    if max(picture.size) > _MOST_SIDE:
+        shrink = _MOST_SIDE / max(picture.size)
+        picture = picture.resize([max(1, round(side * shrink)) for side in picture.size])
     factor = -(-_LEAST_SIDE // max(picture.size))
     if factor > 1:
         picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)

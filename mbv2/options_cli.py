@@ -107,7 +107,7 @@ def _text(value: Any) -> str:
 
 def _short(message: str) -> str:
     """jsonargparse's message on one line, in the words of the command line."""
-    message = " ".join(message.split())
+    message = " ".join(message.split()).replace("Expected a ", "expected ").replace("Got value", "got")
     message = re.sub(r'^Parser key "([^"]+)": ', r"--\1: ", message)
     message = re.sub(r"<class '(\w+)'>", r"\1", message)
-    return re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", message.replace("Expected a ", "expected ").replace("Got value", "got")).rstrip(":.")
+    return re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", message).rstrip(":.")
