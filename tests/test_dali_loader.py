@@ -24,8 +24,8 @@ pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install 'm
 # With this normalisation tensors are in pixel values, 0 to 255.
 PIXELS = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
 RECIPE = Recipe(resolution=64, **PIXELS)
-# Both resize with the same filter and round to 8 bits; they differ in the last bit, by 0.2 of 255 on average.
-MEAN_TOLERANCE = 0.5
+# Of 255. Both resize across, then down, rounding to 8 bits each time; a rare rounding falls the other way.
+MEAN_TOLERANCE = 0.15
 # Chroma at a training window's edge: DALI decodes the window alone, torchvision the picture.
 MAX_TOLERANCE = 12.0
 

@@ -388,15 +388,21 @@ def _build_pipeline(
             dtype=[types.UINT8, types.INT32, types.INT32, types.INT32],
             ndim=[1, 1, 1, 0],
         )
-        resize = {"interp_type": types.INTERP_LINEAR, "antialias": True}
+
+        def across_then_down(images: Any, height: Any, width: Any) -> Any:
+            # In two steps, each rounded to 8 bits: torchvision's order and rounding, so that the figures agree.
+            how = {"interp_type": types.INTERP_LINEAR, "antialias": True, "mode": "stretch"}
+            return fn.resize(fn.resize(images, resize_x=width, **how), resize_y=height, **how)
+
         if train:
             # Only the window is decoded, so that no pixel outside it can leak into the resize either.
             images = fn.decoders.image_slice(encoded, origin, size, axes=[0, 1], **decoder)
-            images = fn.resize(images, size=[side, side], **resize)
+            images = across_then_down(images, side, side)
             crop: dict[str, Any] = {}
         else:
             images = fn.decoders.image(encoded, **decoder)
-            images = fn.resize(images, size=fn.cast(size, dtype=types.FLOAT), **resize)
+            target = fn.cast(size, dtype=types.FLOAT)
+            images = across_then_down(images, target[0], target[1])
             # DALI wants the origin as a share of what the crop leaves over.
             left_over = fn.cast(size - side, dtype=types.FLOAT)
             share = fn.cast(origin, dtype=types.FLOAT) / math.max(left_over, 1.0)
