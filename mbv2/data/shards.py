@@ -9,6 +9,8 @@ from typing import NamedTuple
 from mbv2.errors import UserError
 
 _LABEL_BYTES = 1 << 20
+MAX_CLASSES = 1_000_000
+"""Labels from here on are taken for mistakes rather than for a classifier of that size."""
 
 
 class Member(NamedTuple):
@@ -40,6 +42,10 @@ def index(tar: Path, image_suffixes: Collection[str]) -> list[Member]:
                     file = archive.extractfile(info)
                     text = file.read(_LABEL_BYTES) if file else b""
                     labels[key] = _label(text, suffix, f"{tar}:{info.name}")
+            # tarfile takes a damaged header for the end of the archive; the real end is a block of zeros.
+            archive.fileobj.seek(archive.offset)
+            if any(archive.fileobj.read(tarfile.BLOCKSIZE)):
+                raise UserError(f"{tar}: damaged after {len(images)} pictures; copy or write the shard anew")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(f"{tar}: not a readable uncompressed tar ({error})") from error
     for key, info in images.items():
@@ -62,6 +68,6 @@ def _label(text: bytes, suffix: str, where: str) -> int:
         label = int(value)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f'{where}: no label in it; needs a number, or {{"label": number}} in .json') from error
-    if label < 0:
-        raise UserError(f"{where}: label {label} is negative; classes are counted from 0")
+    if not 0 <= label < MAX_CLASSES:
+        raise UserError(f"{where}: label {label} is out of range; classes are counted from 0")
     return label

@@ -5,7 +5,7 @@ A source is a list of samples and the classes; it reads bytes and knows nothing 
 
 import csv
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -74,7 +74,8 @@ def open_source(root: str | Path, split: str, class_names: list[str] | None = No
     Args:
         root: the data folder.
         split: "train" or "val".
-        class_names: the classes to number by (training's, for its validation split); None: from the folder.
+        class_names: the classes to number by; None: from the folder, and for "val" from the training split's class
+            folders where there are any, so that a class without validation pictures does not shift the others.
 
     Raises:
         UserError: missing or empty folder, no such split, an unknown class or a label out of range.
@@ -95,6 +96,11 @@ def open_source(root: str | Path, split: str, class_names: list[str] | None = No
         return _from_shards(folder, tars, class_names)
     if (folder / "labels.csv").is_file():
         return _from_csv(folder, class_names)
+    training = root / "train"
+    if class_names is None and split == "val" and training.is_dir() and not (training / "labels.csv").is_file():
+        trained = _class_folders(training)
+        if not set(trained) <= set(imagenet_synsets()):
+            class_names = trained
     return _from_folders(folder, class_names)
 
 
@@ -134,8 +140,12 @@ def _imagenet() -> tuple[list[str], list[str]]:
     return [short_name(name) for name in imagenet_names()], imagenet_synsets()
 
 
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
 def _from_folders(folder: Path, class_names: list[str] | None) -> Source:
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    classes = _class_folders(folder)
     if not classes:
         raise UserError(
             f"{folder}: no pictures in a known layout; needs one folder per class, or labels.csv (file,label), "
@@ -165,21 +175,32 @@ def _from_csv(folder: Path, class_names: list[str] | None) -> Source:
     table = folder / "labels.csv"
     samples: list[Sample] = []
     synsets: list[str | None] = []
-    with table.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames is None or not {"file", "label"} <= set(reader.fieldnames):
-            raise UserError(f"{table}: the first line must be file,label[,synset]")
-        for row in reader:
-            where = f"{table}, line {reader.line_num}"
-            label = _label(row["label"], where)
-            path = _beside(folder, row["file"] or "")
-            if path is None:
-                raise UserError(f"{where}: no file {row['file']!r} in {folder} or its images/")
-            samples.append(Sample(row["file"], label, str(path)))
-            synsets.append(row.get("synset"))
+    for where, row in _rows(table):
+        label = _label(row["label"], where)
+        path = _beside(folder, row["file"] or "")
+        if path is None:
+            raise UserError(f"{where}: no file {row['file']!r} in {folder} or its images/")
+        samples.append(Sample(row["file"], label, str(path)))
+        synsets.append(row.get("synset"))
     if not samples:
         raise UserError(f"{table}: lists no picture")
     return _numbered(samples, class_names, _are_imagenet(samples, synsets, str(table)), str(table))
+
+
+def _rows(table: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """("file, line N", row) of each row of a table that has a file and a label column."""
+    try:
+        # utf-8-sig: spreadsheets put a byte order mark in front.
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames is None or not {"file", "label"} <= set(reader.fieldnames):
+                raise UserError(f"{table}: the first line must be file,label[,synset]")
+            for row in reader:
+                yield f"{table}, line {reader.line_num}", row
+    except UnicodeDecodeError as error:
+        raise UserError(f"{table}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    except (csv.Error, OSError) as error:
+        raise UserError(f"{table}: cannot be read ({error})") from error
 
 
 def _are_imagenet(samples: list[Sample], synsets: list[str | None], where: str) -> bool:
@@ -207,7 +228,9 @@ def _from_shards(folder: Path, tars: list[Path], class_names: list[str] | None) 
     if class_names is None and listed.is_file():
         class_names = listed.read_text(encoding="utf-8").split("\n")
         class_names = [name for name in class_names if name.strip()]
-    return _numbered(samples, class_names, False, str(folder))
+    # ImageNet's own list as the list of classes: the labels are ImageNet's.
+    is_imagenet = class_names == imagenet_synsets()
+    return _numbered(samples, class_names, is_imagenet, str(folder))
 
 
 def _numbered(samples: list[Sample], class_names: list[str] | None, is_imagenet: bool, where: str) -> Source:
@@ -231,8 +254,8 @@ def _label(text: str | None, where: str) -> int:
         label = int(text or "")
     except ValueError as error:
         raise UserError(f"{where}: label {text!r} is not a number") from error
-    if label < 0:
-        raise UserError(f"{where}: label {label} is negative; classes are counted from 0")
+    if not 0 <= label < shards.MAX_CLASSES:
+        raise UserError(f"{where}: label {label} is out of range; classes are counted from 0")
     return label
 
 

@@ -26,12 +26,12 @@ class SyntheticLoader:
     ) -> None:
         self.num_samples = length
         self.skipped = 0
-        self._steps = length // (batch_size * world.world_size)
+        self._steps = max(1, length // (batch_size * world.world_size))
         self._start = 0
         generator = torch.Generator().manual_seed(seed * 1_000_003 + world.rank)
         shape = (batch_size, 3, recipe.resolution, recipe.resolution)
         self._batches = []
-        for _ in range(min(_DISTINCT, max(1, self._steps))):
+        for _ in range(min(_DISTINCT, self._steps)):
             images = torch.randn(shape, generator=generator).to(world.device, dtype)
             labels = torch.randint(num_classes, (batch_size,), generator=generator).to(world.device)
             names = [f"synthetic {index}" for index in range(batch_size)]

@@ -1,6 +1,7 @@
 """The loader for every machine: torchvision decodes, worker processes crop, the batch is normalised on the device."""
 
 import os
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from mbv2.errors import UserError
 
 # After this many broken pictures in a row something else is wrong, and looking on would only take long.
 MAX_REPLACEMENTS = 100
+_LONGEST = 32
 
 
 class _Item(NamedTuple):
@@ -67,7 +69,10 @@ class TorchLoader:
             collate_fn=list,
             persistent_workers=workers > 0,
             prefetch_factor=prefetch if workers > 0 else None,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_start_worker,
+            # Without its own generator each pass would draw from the global one, and a run resumed in mid-epoch
+            # would go on with other random numbers than the one that was not interrupted.
+            generator=torch.Generator(),
         )
         self.set_epoch(0)
 
@@ -87,7 +92,7 @@ class TorchLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         self.skipped = 0
-        for items in self._loader:
+        for items in self._item_lists():
             for item in items:
                 if isinstance(item, _Failure):
                     raise UserError(item.message)
@@ -95,6 +100,17 @@ class TorchLoader:
             kept = [item for item in items if item.image is not None]
             if kept:
                 yield self._assemble(kept)
+
+    def _item_lists(self) -> Iterator[list[_Item | _Failure]]:
+        try:
+            yield from self._loader
+        except RuntimeError as error:
+            if not re.search(r"DataLoader worker.*(killed by signal|exited unexpectedly)", str(error)):
+                raise
+            raise UserError(
+                f"a loader process died ({str(error).splitlines()[0]}); when memory or /dev/shm ran out, lower "
+                "--num_parallel_workers or --batch_size"
+            ) from error
 
     def close(self) -> None:
         """End the worker processes."""
@@ -159,6 +175,10 @@ class _Pictures(Dataset):
 
 def eval_picture(image: Tensor, recipe: Recipe) -> Tensor:
     """uint8 [3, H, W] -> uint8 [3, R, R]: shorter side to `eval_resize`, centre crop."""
+    height, width = image.shape[1:]
+    if max(height, width) > _LONGEST * min(height, width):
+        # A line of pixels would become gigabytes when its shorter side is resized; the ends are cropped off anyway.
+        image = F.center_crop(image, [min(height, _LONGEST * width), min(width, _LONGEST * height)])
     size, (top, left) = eval_geometry(image.shape[1], image.shape[2], recipe)
     image = F.resize(image, list(size), interpolation=v2.InterpolationMode.BILINEAR, antialias=True)
     return image[:, top : top + recipe.resolution, left : left + recipe.resolution]
@@ -174,15 +194,24 @@ def train_picture(image: Tensor, recipe: Recipe, generator: torch.Generator) -> 
         image = image.flip(2)
     if not (recipe.trivial_augment or recipe.random_erasing):
         return image
-    # torchvision's random transforms draw from the global generator only.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+    return augment(image, recipe, int(torch.randint(2**62, (), generator=generator)))
+
+
+def augment(image: Tensor, recipe: Recipe, seed: int) -> Tensor:
+    """TrivialAugment and random erasing of uint8 [3, R, R], as the recipe has them, drawn from `seed` alone."""
+    # torchvision's random transforms draw from the CPU's global generator only. torch.manual_seed would seed the
+    # GPU's as well, which is training's.
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
         if recipe.trivial_augment:
             image = v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)(image)
         if recipe.random_erasing:
             # The mean is what becomes zero once normalised.
             mean = [round(255 * value) for value in recipe.mean]
             image = v2.RandomErasing(p=recipe.random_erasing, value=mean)(image)
+    finally:
+        torch.set_rng_state(before)
     return image
 
 
@@ -191,6 +220,10 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     # Worker processes are the parallelism; threads inside each would only fight over the cores.
     torch.set_num_threads(1)
+    # Ctrl+C and torchrun signal the whole process group. The main process saves and ends the workers itself; without
+    # them it could not finish its step.
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
