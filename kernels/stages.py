@@ -33,10 +33,17 @@ class BatchNorm(NamedTuple):
 
     @classmethod
     def of(cls, module: nn.BatchNorm2d | nn.SyncBatchNorm) -> "BatchNorm":
-        """Read a BatchNorm module in its present mode (train or eval)."""
+        """Read a BatchNorm module in its present mode (train or eval).
+
+        Batch statistics are shared by a SyncBatchNorm's group, or by all processes where a plain BatchNorm2d has
+        the attribute `shares_statistics` (DistributedDataParallel refuses SyncBatchNorm on CPUs).
+        """
         group = None
-        if isinstance(module, nn.SyncBatchNorm) and module.training and torch.distributed.is_initialized():
-            group = module.process_group or torch.distributed.group.WORLD
+        if module.training and torch.distributed.is_available() and torch.distributed.is_initialized():
+            if isinstance(module, nn.SyncBatchNorm):
+                group = module.process_group or torch.distributed.group.WORLD
+            elif getattr(module, "shares_statistics", False):
+                group = torch.distributed.group.WORLD
         return cls(
             module.weight,
             module.bias,

@@ -149,3 +149,11 @@ def _initialise(module: nn.Module) -> None:
 def as_channels_last(model: nn.Module) -> nn.Module:
     """Put the model's 4-d parameters into channels_last, the layout its operators work in."""
     return model.to(memory_format=torch.channels_last)
+
+
+def share_batch_statistics(model: nn.Module) -> nn.Module:
+    """Make every BatchNorm take its training statistics over all processes (SyncBN), on CPUs as well as GPUs."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.shares_statistics = True
+    return model

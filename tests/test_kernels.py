@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from mbv2 import kernels
-from mbv2.model import InvertedResidual
+from mbv2.model import InvertedResidual, share_batch_statistics
 
 
 def plain(block: InvertedResidual, x: torch.Tensor) -> torch.Tensor:
@@ -78,13 +78,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def sync_rank(rank: int, world_size: int, port: int, folder: str) -> None:
+def sync_rank(rank: int, world_size: int, port: int, folder: str, how: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     saved = torch.load(Path(folder) / "input.pt")
     block = InvertedResidual(4, 4, 1, 6).double()
     block.load_state_dict(saved["state"])
-    block = nn.SyncBatchNorm.convert_sync_batchnorm(block).train()
+    shared = share_batch_statistics(block) if how == "attribute" else nn.SyncBatchNorm.convert_sync_batchnorm(block)
+    block = shared.train()
     # Ragged on purpose: rank 0 has one picture, rank 1 the others.
     mine = saved["x"][:1] if rank == 0 else saved["x"][1:]
     x = mine.clone().requires_grad_()
@@ -98,12 +99,13 @@ def sync_rank(rank: int, world_size: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_shared_statistics_of_two_ranks_equal_one_joint_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["attribute", "SyncBatchNorm"])
+def test_shared_statistics_of_two_ranks_equal_one_joint_batch(tmp_path: Path, how: str) -> None:
     block = InvertedResidual(4, 4, 1, 6).double().train()
     x = torch.randn(4, 4, 5, 6, dtype=torch.float64, requires_grad=True)
     g = torch.randn(4, 4, 5, 6, dtype=torch.float64)
     torch.save({"state": block.state_dict(), "x": x.detach(), "g": g}, tmp_path / "input.pt")
-    mp.spawn(sync_rank, args=(2, free_port(), str(tmp_path)), nprocs=2)
+    mp.spawn(sync_rank, args=(2, free_port(), str(tmp_path), how), nprocs=2)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     out = block(x)
     (out * g).sum().backward()
