@@ -196,6 +196,13 @@ class _Run:
 
     def _save(self, epoch: int, step: int, is_best: bool) -> None:
         options = self.options
+        # The loss comes before the step: the last step may have ruined the weights of a checkpoint called good.
+        if not all(bool(parameter.isfinite().all()) for parameter in self.training.model.parameters()):
+            raise AgreedError(
+                f"weights are not finite at the end of epoch {epoch}, at learning rate "
+                f"{self.training.optimizer.param_groups[0]['lr']:.6g}; last good checkpoint: {self.last_good}; "
+                "try a lower --max_lr, --warmup_epochs or --clip_grad_norm"
+            )
         state = self.training.snapshot(self.world) | {
             "meta": self.meta,
             "options": asdict(options),
