@@ -239,7 +239,7 @@ def _optimizer_step(
             with nullcontext() if dtype is None else torch.autocast(world.device.type, dtype):
                 logits = training.module(images)
             # The last group of an epoch may be short: its own size keeps its loss a mean.
-            loss = criterion(logits.float(), targets) / len(group)
+            loss = criterion(logits if dtype is None else logits.float(), targets) / len(group)
             training.scaler.scale(loss).backward()
         total += loss.detach()
     if options.clip_grad_norm > 0:
