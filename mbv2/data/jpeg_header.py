@@ -2,6 +2,8 @@
 
 import struct
 
+from mbv2.data.decode import jpeg_has_end
+
 # Start-of-frame markers of baseline, extended and progressive Huffman JPEG; the others go through `decode`.
 _PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)
 _MAX_PLAIN_PIXELS = 178_956_970
@@ -12,7 +14,7 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
 
     None is no verdict: `mbv2.data.decode.decode` then says whether the picture is good.
     """
-    if data[:2] != b"\xff\xd8" or data.rfind(b"\xff\xd9", max(0, len(data) - 65536)) < 0:
+    if data[:2] != b"\xff\xd8" or not jpeg_has_end(data):
         return None
     at, end, is_jfif, adobe_transform = 2, len(data) - 9, False, None
     while at < end:
