@@ -4,14 +4,35 @@
 `torch.hub.load(<folder or repository>, "mobilenet_v2", alpha=0.6, num_classes=10)`
 """
 
+import importlib.util as _importing
+import sys as _sys
 from collections.abc import Callable as _Callable
+from pathlib import Path as _Path
 from typing import Any as _Any
 
 import torch as _torch
 
-from mbv2.model import MobileNetV2 as _MobileNetV2
-from mbv2.zoo import create_model as _create_model
-from mbv2.zoo import list_models as _list_models
+import mbv2 as _mbv2
+
+
+def _make_kernels_importable() -> None:
+    """Find `mbv2.kernels` in a bare clone, which is what torch.hub loads: only installing moves the folder there."""
+    if _importing.find_spec("mbv2.kernels") is not None:
+        return
+    folder = _Path(__file__).resolve().parent / "kernels"
+    spec = _importing.spec_from_file_location(
+        "mbv2.kernels", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    module = _importing.module_from_spec(spec)
+    _sys.modules["mbv2.kernels"] = _mbv2.kernels = module
+    spec.loader.exec_module(module)
+
+
+_make_kernels_importable()
+
+from mbv2.model import MobileNetV2 as _MobileNetV2  # noqa: E402
+from mbv2.zoo import create_model as _create_model  # noqa: E402
+from mbv2.zoo import list_models as _list_models  # noqa: E402
 
 dependencies = ["torch", "torchvision", "safetensors"]
 

@@ -1,4 +1,6 @@
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,19 @@ def test_an_entry_point_says_what_it_builds():
 def test_names_that_are_none_are_refused(name):
     with pytest.raises(RuntimeError, match="Cannot find callable"):
         torch.hub.load(str(ROOT), name, source="local")
+
+
+def test_hub_loads_from_a_bare_clone_with_nothing_installed(tmp_path: Path) -> None:
+    for name in ("hubconf.py", "mbv2", "kernels"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    # Not installed: without the finders and paths that an installation of the project put there.
+    script = (
+        "import sys, torch\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '').lower()"
+        " and 'editable' not in getattr(f, '__name__', '').lower()]\n"
+        "model = torch.hub.load(sys.argv[1], 'mobilenet_v2_0_35_96', source='local', num_classes=3)\n"
+        "print(tuple(model.eval()(torch.zeros(1, 3, 96, 96)).shape))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "(1, 3)"

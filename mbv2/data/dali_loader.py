@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
 
 from mbv2.data.batch import Batch, normalise
 from mbv2.data.decode import CorruptImage, decode
@@ -22,7 +21,7 @@ from mbv2.data.jpeg_header import plain_jpeg_size
 from mbv2.data.recipe import Recipe, eval_geometry, sample_generator, train_window
 from mbv2.data.sampler import batches_per_epoch, train_batches, val_batches
 from mbv2.data.sources import Source
-from mbv2.data.torch_loader import MAX_REPLACEMENTS, usable_cores
+from mbv2.data.torch_loader import MAX_REPLACEMENTS, augment, usable_cores
 from mbv2.distributed import World
 from mbv2.errors import UserError
 
@@ -210,7 +209,7 @@ class DaliLoader:
         if self._in_torch:
             seeds = [picture.augment_seed for picture in pictures]
             images = torch.stack(
-                [_augment(image, self._recipe, seed) for image, seed in zip(images, seeds, strict=True)]
+                [augment(image, self._recipe, seed) for image, seed in zip(images, seeds, strict=True)]
             )
             images = normalise(images, self._recipe, self._dtype)
         labels = torch.tensor([picture.label for picture in pictures], dtype=torch.int64)
@@ -316,22 +315,6 @@ def _ppm(pixels: Tensor) -> bytes:
     """uint8 [3, H, W] as a PPM file: lossless, and nothing to compute."""
     _, height, width = pixels.shape
     return b"P6\n%d %d\n255\n" % (width, height) + pixels.permute(1, 2, 0).contiguous().numpy().tobytes()
-
-
-def _augment(image: Tensor, recipe: Recipe, seed: int) -> Tensor:
-    """What follows crop and flip in the torch loader's recipe, on uint8 [3, R, R] and with its random numbers."""
-    # torchvision's random transforms draw from the CPU's global generator only; the GPU's stays untouched.
-    before = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        if recipe.trivial_augment:
-            image = v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)(image)
-        if recipe.random_erasing:
-            mean = [round(255 * value) for value in recipe.mean]
-            image = v2.RandomErasing(p=recipe.random_erasing, value=mean)(image)
-    finally:
-        torch.set_rng_state(before)
-    return image
 
 
 def _device_index(world: World) -> int | None:
