@@ -6,10 +6,6 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-import torch
-
-from mbv2.distributed import World
-
 EXIT_PREEMPTED = 75
 """Exit code after saving and stopping on a signal (sysexits.h's EX_TEMPFAIL: try again later)."""
 
@@ -43,16 +39,6 @@ class StopRequest:
             # None: a handler that was not installed from Python, which Python cannot put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()
-
-    def agreed(self, world: World) -> bool:
-        """Whether any rank was asked to stop; every rank must call it at the same step and gets the same answer.
-
-        On a GPU this waits for the device: call it every few steps.
-        """
-        if not world.is_distributed:
-            return self.requested
-        flag = torch.tensor([int(self.requested)], dtype=torch.int64, device=world.device)
-        return bool(world.all_reduce_sum(flag).item() > 0)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
