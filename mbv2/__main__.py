@@ -4,4 +4,8 @@ import sys
 
 from mbv2.cli import main
 
-sys.exit(main())
+code = main()
+# Not imported for this alone: most commands that end at once (`--help`) do without torch.
+if "mbv2.distributed" in sys.modules:
+    sys.modules["mbv2.distributed"].leave(code)
+sys.exit(code)

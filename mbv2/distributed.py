@@ -1,9 +1,11 @@
 """Who am I among the processes: torchrun, mpirun, srun or alone, and the few collectives the product uses."""
 
+import contextlib
 import os
+import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,9 @@ _LAUNCHERS = (
     ("MPICH", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
     ("srun", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
 )
+
+# Whether this process has been part of a process group.
+_joined = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,8 @@ def init(device_target: str = "auto", run_distribute: bool = True) -> World:
     else:
         device = torch.device("cpu")
     if run_distribute and "RANK" in os.environ and not dist.is_initialized():
+        global _joined
+        _joined = True
         # torchrun with one process still gets a group, so that one code path is tested everywhere.
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
@@ -109,6 +116,20 @@ def init(device_target: str = "auto", run_distribute: bool = True) -> World:
             device_id=device if on_gpu else None,
         )
     return World(rank, local_rank, world_size, device)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with exit code `code`; after work in a process group, without Python's finalisation.
+
+    Threads of gloo may still be letting go of tensors then. One that asks for the interpreter while it is being
+    finalised aborts the process ("terminate called without an active exception"), which torchrun takes for a failure.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    if _joined:
+        os._exit(code)
+    sys.exit(code)
 
 
 def shutdown() -> None:

@@ -3,5 +3,6 @@
 import sys
 
 from mbv2.cli import main
+from mbv2.distributed import leave
 
-sys.exit(main(["train", *sys.argv[1:]]))
+leave(main(["train", *sys.argv[1:]]))
