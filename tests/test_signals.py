@@ -84,6 +84,7 @@ with StopRequest() as stop:
             break
 Path(sys.argv[1], f"rank{world.rank}").write_text(f"{stopped} {stop.requested}")
 distributed.shutdown()
+distributed.leave(0)
 """
 
 
