@@ -90,6 +90,7 @@ def train_command(options: QuickstartOptions, data: Path, folder: Path, processe
         "dropout": 0.0,
         "num_parallel_workers": 1,
         "keep_checkpoint_max": 2,
+        "log_interval": 60,
         "seed": options.seed,
         # The usual 8 % crops would often miss a small shape.
         "augment.area_min": 0.7,
