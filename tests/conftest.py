@@ -1,12 +1,56 @@
 """Fixtures every test may use."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        choices=("ptx", "interpreter", "cuda"),
+        default="ptx",
+        help="where Triton kernels run in tests: their PTX on the CPU, Triton's interpreter, or a GPU",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Triton reads it when a kernel is defined, so it must stand before any kernel is imported.
+    os.environ["TRITON_INTERPRET"] = "1" if config.getoption("--device") == "interpreter" else "0"
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+class Gpu(NamedTuple):
+    """Where kernels run: the device of their tensors, and, when PTX runs on the CPU, what every launch did."""
+
+    mode: str
+    device: str
+    launches: list[Any]
+
+
+@pytest.fixture
+def gpu(request: pytest.FixtureRequest) -> Iterator[Gpu]:
+    """A place to run Triton kernels in (see --device); new tensors are filled with NaN until a kernel writes them."""
+    mode = request.config.getoption("--device")
+    if mode == "cuda" and not torch.cuda.is_available():
+        pytest.fail("--device cuda, but torch sees no GPU")
+    torch.use_deterministic_algorithms(True)
+    try:
+        if mode == "ptx":
+            from ptxcpu.triton_driver import emulated
+
+            with emulated(80) as launches:
+                yield Gpu(mode, "cpu", launches)
+        else:
+            yield Gpu(mode, "cuda" if mode == "cuda" else "cpu", [])
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

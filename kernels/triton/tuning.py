@@ -1,0 +1,71 @@
+"""Which tile a kernel runs with: read from JSON tables, never measured at run time, so that ranks cannot disagree.
+
+`tiles/<kernel>.json` maps an architecture ("sm_80", or "default") to a list of entries
+
+    {"bytes": 2, "cout": 32, "tile": {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}}
+
+The first entry is taken whose `bytes` (of an activation) equals the call's and whose every other key bounds the
+call's size of that name from above; a key that is left out matches anything. The tables come from the static
+planner (`python -m bench.resources`). A folder in `MBV2_TILES` with tables of the same form, as a measurement on a
+real GPU writes them, is looked at first.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+_TABLES = Path(__file__).parent / "tiles"
+_forced: dict[str, dict[str, int]] = {}
+
+
+def tile(kernel: str, dtype: torch.dtype, **sizes: int) -> dict[str, int]:
+    """The meta-parameters (BLOCK_*, num_warps, num_stages, ...) for one launch of `kernel`.
+
+    Raises:
+        LookupError: the tables have no entry for these sizes.
+    """
+    if kernel in _forced:
+        return dict(_forced[kernel])
+    for entry in _entries(kernel, architecture(), os.environ.get("MBV2_TILES", "")):
+        if entry.get("bytes", dtype.itemsize) == dtype.itemsize and all(
+            size <= entry.get(name, size) for name, size in sizes.items()
+        ):
+            return dict(entry["tile"])
+    raise LookupError(f"no tile for kernel {kernel!r} on {architecture()} with {dtype} and {sizes}")
+
+
+def architecture() -> str:
+    """The compute architecture kernels are compiled for now, as "sm_80"; "default" in Triton's interpreter."""
+    if triton.knobs.runtime.interpret:
+        return "default"
+    return f"sm_{triton.runtime.driver.active.get_current_target().arch}"
+
+
+@contextmanager
+def forced(kernel: str, **meta: int) -> Iterator[None]:
+    """Launch `kernel` with these meta-parameters inside, whatever the tables say (tests and measurements)."""
+    before = _forced.get(kernel)
+    _forced[kernel] = meta
+    try:
+        yield
+    finally:
+        if before is None:
+            del _forced[kernel]
+        else:
+            _forced[kernel] = before
+
+
+@cache
+def _entries(kernel: str, arch: str, measured: str) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = []
+    if measured and (own := Path(measured) / f"{kernel}.json").is_file():
+        entries += json.loads(own.read_text()).get(arch, [])
+    table = json.loads((_TABLES / f"{kernel}.json").read_text())
+    return entries + table.get(arch, []) + table["default"]
