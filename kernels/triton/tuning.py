@@ -48,6 +48,11 @@ def architecture() -> str:
     return f"sm_{triton.runtime.driver.active.get_current_target().arch}"
 
 
+def dot_precision(dtype: torch.dtype) -> str:
+    """tl.dot's input_precision for float32: "tf32" where torch is allowed it, else "ieee"."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
 @contextmanager
 def forced(kernel: str, **meta: int) -> Iterator[None]:
     """Launch `kernel` with these meta-parameters inside, whatever the tables say (tests and measurements)."""
