@@ -1,0 +1,57 @@
+"""Adding up the parts of a weight gradient that the programs of one kernel leave behind."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_PARTS, _BLOCK = 32, 64
+
+
+@triton.jit(do_not_specialize=["parts_count"])
+def sum_parts_kernel(
+    parts_ptr, out_ptr, parts_count, size, PARTS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
+):
+    """out[i] = sum over g of parts[g, i], rounded once, always added in the same order.
+
+    Reads 4 bytes (8 for float64) per element of parts [G, size], writes one activation-sized value per element of
+    out [size]. Bound by DRAM or, for few elements, by latency, hence PARTS rows in flight at once. Grid: (blocks of
+    size,).
+    """
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < size
+    offs_g = tl.arange(0, PARTS)
+    total = tl.zeros((PARTS, BLOCK), ACC)
+    for first in range(0, parts_count, PARTS):
+        g = first + offs_g
+        rows = parts_ptr + g.to(tl.int64)[:, None] * size
+        total += tl.load(rows + offs[None, :], mask=(g < parts_count)[:, None] & inside[None, :], other=0.0)
+    tl.store(out_ptr + offs, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def sum_parts(parts: Tensor, like: Tensor) -> Tensor:
+    """Add parts [G, ...] over g in a fixed order.
+
+    Args:
+        parts: dense float32 (float64 for float64 gradients), each part with `like`'s elements in row-major order.
+        like: the parameter.
+
+    Returns:
+        The sum with `like`'s shape, strides and type.
+    """
+    out = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+    # Only the stem's weight can have another order of its elements than row-major.
+    straight = out.is_contiguous()
+    target = out if straight else torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    size = like.numel()
+    sum_parts_kernel[(triton.cdiv(size, _BLOCK),)](
+        parts,
+        target,
+        parts.shape[0],
+        size,
+        PARTS=_PARTS,
+        BLOCK=_BLOCK,
+        ACC=tl.float64 if parts.dtype == torch.float64 else tl.float32,
+        num_warps=4,
+    )
+    return out if straight else out.copy_(target)
