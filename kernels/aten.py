@@ -246,9 +246,7 @@ def _with_moments(y: Tensor) -> tuple[Tensor, Tensor]:
     return y, torch.stack((count, mean, m2))[None]
 
 
-def _bn(
-    mean: Tensor, var: Tensor, count: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
-) -> Tensor:
+def _bn(mean: Tensor, var: Tensor, count: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
     rstd = torch.rsqrt(var + eps)
     scale = rstd if gamma is None else rstd * gamma.to(rstd.dtype)
     shift = -mean * scale if beta is None else beta.to(rstd.dtype) - mean * scale
@@ -294,5 +292,7 @@ def _conv_backward(
         [need_input, need_weight, False],
     )
     if dweight is not None:
-        dweight = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device).copy_(dweight)
+        dweight = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device).copy_(
+            dweight
+        )
     return dx, dweight

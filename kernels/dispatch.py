@@ -1,18 +1,24 @@
 """Which backend runs an operator: the best one that supports the call, or the one asked for.
 
-`MBV2_BACKEND=name` or `with backend(name)` asks for one by name, and a call it cannot serve is an error.
-`auto` takes the first of `ORDER` that supports the call; `aten` (plain torch) supports everything.
+`MBV2_BACKEND=name` or `with backend(name)` asks for one by name, and a call it cannot serve is an error. `auto`
+takes the first of `ORDER` that supports the call; `aten` (plain torch) supports everything. On a GPU the fallback
+from a faster backend is said once, with its reason. `MBV2_DISABLE_TRITON=1` takes a backend out of the choice;
+`MBV2_DISABLE_PROJECT_BACKWARD=1` (any stage's name) has that one stage run in plain torch.
 """
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mbv2.kernels import aten
 
 ORDER = ("cuda", "triton", "cpu", "aten")
 
@@ -22,31 +28,44 @@ class BackendError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Implementation:
-    """One backend's version of an operator.
+class Backend:
+    """One way to run the stages.
 
     Attributes:
-        run: takes what the public function takes.
-        refusal: takes the input tensor; returns why this backend cannot serve it, or None when it can.
+        refusal: takes the activations' device and type; returns why this backend cannot serve them, or None.
+        stages: imports and returns the module of stage functions (the contract is `kernels/aten.py`).
     """
 
-    run: Callable[..., Tensor]
-    refusal: Callable[[Tensor], str | None]
+    refusal: Callable[[torch.device, torch.dtype], str | None]
+    stages: Callable[[], ModuleType]
 
 
-_implementations: dict[str, dict[str, Implementation]] = {}
+class Stages:
+    """The stage functions for one call: a backend's own, or plain torch where one is disabled or failed its check."""
+
+    def __init__(self, name: str, x: Tensor) -> None:
+        self._name = name
+        self._x = x
+
+    def __getattr__(self, stage: str) -> Callable[..., Any]:
+        return _stage(self._name, stage, self._x)
+
+
+_backends: dict[str, Backend] = {"aten": Backend(lambda device, dtype: None, lambda: aten)}
 _calls: Counter[tuple[str, str]] = Counter()
+_said: set[str] = set()
+_verdicts: dict[tuple[str, str, torch.dtype, torch.device], str | None] = {}
 _asked: str | None = None
 
 
-def register(operator: str, backend_name: str, implementation: Implementation) -> None:
-    """Make `implementation` the way `backend_name` runs `operator`."""
-    _implementations.setdefault(operator, {})[backend_name] = implementation
+def register(name: str, entry: Backend) -> None:
+    """Make `entry` the backend called `name`, which is one of `ORDER`."""
+    _backends[name] = entry
 
 
 def available() -> list[str]:
-    """The backends that have any operator here, best first."""
-    return [name for name in ORDER if any(name in table for table in _implementations.values())]
+    """The backends of this build, best first."""
+    return [name for name in ORDER if name in _backends]
 
 
 @contextmanager
@@ -65,40 +84,106 @@ def backend(name: str) -> Iterator[None]:
         _asked = before
 
 
-def choose(operator: str, x: Tensor) -> Callable[..., Tensor]:
-    """The function that runs `operator` on input `x`.
+def choose(operator: str, x: Tensor) -> str:
+    """The name of the backend that runs `operator` on input `x`.
 
     Raises:
         BackendError: a backend was asked for by name and cannot serve this call.
     """
+    return "aten" if x.numel() == 0 else _choose(operator, x.device, x.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _choose(operator: str, device: torch.device, dtype: torch.dtype) -> str:
     asked = _asked or os.environ.get("MBV2_BACKEND", "auto")
-    table = _implementations[operator]
     if asked != "auto":
         _check_name(asked, "MBV2_BACKEND")
-        reason = table[asked].refusal(x) if asked in table else "it does not have this operator"
+        reason = _refusal(asked, device, dtype)
         if reason is not None:
             raise BackendError(f"backend {asked!r} cannot run {operator}: {reason}; use backend 'auto' or 'aten'")
-        return _counted(operator, asked)
-    for name in ORDER:
-        if name in table and table[name].refusal(x) is None:
-            return _counted(operator, name)
-    raise BackendError(f"no backend can run {operator} on {x.device} {x.dtype}")
+        return asked
+    for name in available():
+        reason = _refusal(name, device, dtype)
+        if reason is None:
+            return name
+        if device.type == "cuda":
+            _say_once(f"mbv2: {operator} does not run through {name!r} ({reason}); a slower backend takes over")
+    raise AssertionError("the aten backend refuses nothing")
 
 
-def report() -> dict[str, Any]:
-    """What is there and what ran: backends of this build, the one asked for, and calls by operator and backend."""
-    return {
-        "available": available(),
-        "asked": _asked or os.environ.get("MBV2_BACKEND", "auto"),
-        "calls": {f"{operator}/{name}": count for (operator, name), count in sorted(_calls.items())},
-    }
+def stages_for(operator: str, x: Tensor) -> Stages:
+    """The stage functions that run `operator` on input `x`, and a mark in the counters.
+
+    Raises:
+        BackendError: as `choose`.
+    """
+    name = choose(operator, x)
+    count(operator, name)
+    return Stages(name, x)
 
 
-def _counted(operator: str, name: str) -> Callable[..., Tensor]:
+def count(operator: str, name: str) -> None:
+    """Note one call of `operator` through backend `name`."""
     # A counter read inside a compiled graph would be guarded on, and recompile at every call.
     if not torch.compiler.is_compiling():
         _calls[operator, name] += 1
-    return _implementations[operator][name].run
+
+
+def report() -> dict[str, Any]:
+    """What is there and what ran: backends, the one asked for, calls, and stages that failed their check."""
+    return {
+        "available": available(),
+        "asked": _asked or os.environ.get("MBV2_BACKEND", "auto"),
+        "calls": {f"{operator}/{name}": calls for (operator, name), calls in sorted(_calls.items())},
+        "failed_checks": {
+            f"{stage}/{name} {str(dtype).removeprefix('torch.')} {device}": verdict
+            for (name, stage, dtype, device), verdict in _verdicts.items()
+            if verdict is not None
+        },
+    }
+
+
+def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if _disabled(name):
+        return f"MBV2_DISABLE_{name.upper()} is set"
+    return _backends[name].refusal(device, dtype)
+
+
+def _disabled(name: str) -> bool:
+    return os.environ.get(f"MBV2_DISABLE_{name.upper()}", "0") not in ("0", "")
+
+
+def _stage(name: str, stage: str, x: Tensor) -> Callable[..., Any]:
+    plain = getattr(aten, stage)
+    if name == "aten" or _disabled(stage):
+        return plain
+    function = getattr(_backends[name].stages(), stage)
+    key = (name, stage, x.dtype, x.device)
+    if key not in _verdicts:
+        if not _check_wanted(x):
+            return function
+        from mbv2.kernels.selfcheck import disagreement
+
+        _verdicts[key] = disagreement(stage, function, x.dtype, x.device)
+    if _verdicts[key] is None:
+        return function
+    message = f"stage {stage} of backend {name!r} failed its first-use check on {x.device} {x.dtype}: {_verdicts[key]}"
+    if (_asked or os.environ.get("MBV2_BACKEND", "auto")) == name:
+        raise BackendError(f"{message}; use backend 'auto' or 'aten'")
+    _say_once(f"mbv2: {message}; plain torch takes over for it")
+    return plain
+
+
+def _check_wanted(x: Tensor) -> bool:
+    """First-use checks run on GPUs; MBV2_SELF_CHECK=0 or 1 decides otherwise. None while a CUDA graph is captured."""
+    wanted = os.environ.get("MBV2_SELF_CHECK", "1" if x.is_cuda else "0") not in ("0", "")
+    return wanted and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _say_once(message: str) -> None:
+    if message not in _said and not torch.compiler.is_compiling():
+        _said.add(message)
+        warnings.warn(message, stacklevel=4)
 
 
 def _check_name(name: str, source: str) -> None:
