@@ -217,6 +217,22 @@ def depthwise_project_folded(
     return pointwise_folded(depthwise_folded(x, wd, bd, stride), w3, b3, False, residual)
 
 
+def inverted_residual_folded(
+    x: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    wd: Tensor,
+    bd: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    stride: int,
+    residual: bool,
+) -> Tensor:
+    """A whole block; w1 and b1 None for one without expansion."""
+    hidden = x if w1 is None else pointwise_folded(x, w1, b1, True, None)
+    return depthwise_project_folded(hidden, wd, bd, w3, b3, stride, x if residual else None)
+
+
 def head_folded(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Mean over H and W of relu6(conv1x1(x) + bias), [N, out]."""
     return F.relu6(_conv_bias(x, weight, bias, 1, 0, 1)).mean((2, 3)).to(x.dtype)

@@ -71,16 +71,20 @@ def block_backward(
     group: str,
     need: list[bool],
 ) -> list[Tensor | None]:
-    """Gradients of x, w1, gamma1, beta1, wd, gamma2, beta2, w3, gamma3, beta3, None where `need` says so.
+    """Gradients dx, dw1, totals1, dwd, totals2, dw3, totals3; None where `need`, in this order, says so.
 
-    constant3: bn3 is made of running statistics, so its sums are wanted only for gamma3 and beta3.
+    totals are (dbeta, dgamma) [2, C]. constant3: bn3 is made of running statistics, so that its sums are wanted for
+    gamma3 and beta3 only.
     """
     x, grad = channels_last(x), channels_last(grad)
-    need_x, need_w1, need_gamma1, need_beta1, need_wd, need_gamma2, need_beta2, need_w3, need_gamma3, need_beta3 = need
-    into_bn1 = need_x or need_w1 or need_gamma1 or need_beta1
-    into_bn2 = into_bn1 or need_wd or need_gamma2 or need_beta2
-    totals1 = totals2 = dw1 = dwd = dx = None
-    totals3, coef3 = _bn3_backward(stages, grad, y3, bn3, constant3 and not (need_gamma3 or need_beta3), group)
+    need_x, need_w1, need_bn1, need_wd, need_bn2, need_w3, need_bn3 = need
+    into_bn1 = need_x or need_w1 or need_bn1
+    into_bn2 = into_bn1 or need_wd or need_bn2
+    dx = dw1 = totals1 = dwd = totals2 = None
+    if constant3 and not need_bn3:
+        totals3, coef3 = None, torch.stack((bn3[SCALE], torch.zeros_like(bn3[SCALE]), torch.zeros_like(bn3[SCALE])))
+    else:
+        totals3, coef3 = _bn_backward(stages, stages.bn_sums(grad, y3, bn3, False), bn3, group)
     dz2, sums2, dw3 = stages.project_backward(grad, y3, coef3, w3, y2, bn2, into_bn2, need_w3)
     if into_bn2:
         totals2, coef2 = _bn_backward(stages, sums2, bn2, group)
@@ -93,7 +97,7 @@ def block_backward(
                 totals1, coef1 = _bn_backward(stages, sums1, bn1, group)
                 skip = grad if residual else None
                 dx, dw1 = stages.expand_backward(dz1, y1, coef1, w1, x, skip, need_x, need_w1)
-    gradients = [dx, dw1, *_gamma_beta(totals1), dwd, *_gamma_beta(totals2), dw3, *_gamma_beta(totals3)]
+    gradients = [dx, dw1, totals1, dwd, totals2, dw3, totals3]
     return [g if wanted else None for g, wanted in zip(gradients, need, strict=True)]
 
 
@@ -118,13 +122,13 @@ def stem_backward(
     group: str,
     need: list[bool],
 ) -> list[Tensor | None]:
-    """Gradients of x, weight, gamma, beta, None where `need` says so."""
+    """Gradients dx, dweight, totals (dbeta, dgamma) [2, out]; None where `need`, in this order, says so."""
     x, grad = channels_last(x), channels_last(grad)
     totals, coef = _bn_backward(stages, stages.bn_sums(grad, y, bn, True), bn, group)
     dx = dweight = None
     if need[0] or need[1]:
         dx, dweight = stages.stem_backward(grad, y, bn, coef, x, weight, stride, need[0], need[1])
-    gradients = [dx, dweight, *_gamma_beta(totals)]
+    gradients = [dx, dweight, totals]
     return [g if wanted else None for g, wanted in zip(gradients, need, strict=True)]
 
 
@@ -139,13 +143,13 @@ def head_forward(stages: Stages, x: Tensor, weight: Tensor, norm: Norm, group: s
 def head_backward(
     stages: Stages, grad: Tensor, x: Tensor, y: Tensor, bn: Tensor, weight: Tensor, group: str, need: list[bool]
 ) -> list[Tensor | None]:
-    """Gradients of x, weight, gamma, beta, None where `need` says so."""
+    """Gradients dx, dweight, totals (dbeta, dgamma) [2, out]; None where `need`, in this order, says so."""
     dz, sums = stages.pool_backward(grad.contiguous(), y, bn)
     totals, coef = _bn_backward(stages, sums, bn, group)
     dx = dweight = None
     if need[0] or need[1]:
         dx, dweight = stages.expand_backward(dz, y, coef, weight, channels_last(x), None, need[0], need[1])
-    gradients = [dx, dweight, *_gamma_beta(totals)]
+    gradients = [dx, dweight, totals]
     return [g if wanted else None for g, wanted in zip(gradients, need, strict=True)]
 
 
@@ -177,19 +181,6 @@ def _bn_backward(stages: Stages, sums: Tensor, bn: Tensor, group: str) -> tuple[
         dist.all_reduce(everyone, group=_resolve(group))
         _, coef = stages.bn_backward(torch.stack((everyone[0], everyone[1] / bn[RSTD]))[None], bn)
     return totals, coef
-
-
-def _bn3_backward(
-    stages: Stages, grad: Tensor, y3: Tensor, bn3: Tensor, skip: bool, group: str
-) -> tuple[Tensor | None, Tensor]:
-    if skip:
-        scale = bn3[SCALE]
-        return None, torch.stack((scale, torch.zeros_like(scale), torch.zeros_like(scale)))
-    return _bn_backward(stages, stages.bn_sums(grad, y3, bn3, False), bn3, group)
-
-
-def _gamma_beta(totals: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if totals is None else (totals[1], totals[0])
 
 
 def _resolve(group: str) -> dist.ProcessGroup:

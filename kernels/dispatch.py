@@ -84,13 +84,13 @@ def backend(name: str) -> Iterator[None]:
         _asked = before
 
 
-def choose(operator: str, x: Tensor) -> str:
-    """The name of the backend that runs `operator` on input `x`.
+def choose(operator: str, x: Tensor, dtype: torch.dtype | None = None) -> str:
+    """The name of the backend that runs `operator` on input `x`, computing in `dtype` (x's own, if None).
 
     Raises:
         BackendError: a backend was asked for by name and cannot serve this call.
     """
-    return "aten" if x.numel() == 0 else _choose(operator, x.device, x.dtype)
+    return "aten" if x.numel() == 0 else _choose(operator, x.device, dtype or x.dtype)
 
 
 @torch.compiler.assume_constant_result

@@ -1,10 +1,14 @@
 """The public operators: one call per stem, inverted-residual block and head."""
 
+from types import ModuleType
+
+import torch
 from torch import Tensor
 
-from mbv2.kernels import reference
-from mbv2.kernels.dispatch import Implementation, choose, register
+from mbv2.kernels import fused, reference
+from mbv2.kernels.dispatch import Backend, choose, count, register
 from mbv2.kernels.stages import ConvBN
+from mbv2.kernels.triton import support
 
 
 def stem(x: Tensor, conv: ConvBN, stride: int = 2) -> Tensor:
@@ -18,7 +22,7 @@ def stem(x: Tensor, conv: ConvBN, stride: int = 2) -> Tensor:
     Returns:
         [N, out, ceil(H / stride), ceil(W / stride)], channels_last.
     """
-    return choose("stem", x)(x, conv, stride)
+    return _way("stem", x).stem(x, conv, stride)
 
 
 def inverted_residual(
@@ -53,7 +57,7 @@ def inverted_residual(
             f"inverted_residual: a residual needs stride 1 and equal channels, not stride {stride} "
             f"and {x.shape[1]} -> {project.weight.shape[0]}"
         )
-    return choose("inverted_residual", x)(x, expand, depthwise, project, stride, residual)
+    return _way("inverted_residual", x).inverted_residual(x, expand, depthwise, project, stride, residual)
 
 
 def head(x: Tensor, conv: ConvBN) -> Tensor:
@@ -66,13 +70,20 @@ def head(x: Tensor, conv: ConvBN) -> Tensor:
     Returns:
         [N, out].
     """
-    return choose("head", x)(x, conv)
+    return _way("head", x).head(x, conv)
 
 
-def _any_input(x: Tensor) -> str | None:
-    return None
+def _way(operator: str, x: Tensor) -> ModuleType:
+    """Plain torch, which autograd and compilers see through, or the operators of torch.library."""
+    # Kernels get autocast's type, whatever the input's is.
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+    else:
+        dtype = x.dtype
+    if choose(operator, x, dtype) != "aten":
+        return fused
+    count(operator, "aten")
+    return reference
 
 
-register("stem", "aten", Implementation(reference.stem, _any_input))
-register("inverted_residual", "aten", Implementation(reference.inverted_residual, _any_input))
-register("head", "aten", Implementation(reference.head, _any_input))
+register("triton", Backend(support.refusal, support.stages))

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,14 +25,31 @@ _TABLES = Path(__file__).parent / "tiles"
 _forced: dict[str, dict[str, int]] = {}
 
 
+class Lookup(NamedTuple):
+    """One call of `tile` and what it gave."""
+
+    kernel: str
+    dtype: torch.dtype
+    sizes: dict[str, int]
+    meta: dict[str, int]
+
+
+_record: list[Lookup] | None = None
+
+
 def tile(kernel: str, dtype: torch.dtype, **sizes: int) -> dict[str, int]:
     """The meta-parameters (BLOCK_*, num_warps, num_stages, ...) for one launch of `kernel`.
 
     Raises:
-        LookupError: the tables have no entry for these sizes.
+        LookupError: the kernel has no table, or none of its entries takes these sizes.
     """
-    if kernel in _forced:
-        return dict(_forced[kernel])
+    meta = dict(_forced[kernel]) if kernel in _forced else _from_tables(kernel, dtype, sizes)
+    if _record is not None:
+        _record.append(Lookup(kernel, dtype, sizes, meta))
+    return meta
+
+
+def _from_tables(kernel: str, dtype: torch.dtype, sizes: dict[str, int]) -> dict[str, int]:
     for entry in _entries(kernel, architecture(), os.environ.get("MBV2_TILES", "")):
         if entry.get("bytes", dtype.itemsize) == dtype.itemsize and all(
             size <= entry.get(name, size) for name, size in sizes.items()
@@ -67,10 +84,24 @@ def forced(kernel: str, **meta: int) -> Iterator[None]:
             _forced[kernel] = before
 
 
+@contextmanager
+def recorded() -> Iterator[list[Lookup]]:
+    """Every call of `tile` inside, in order: what a planner needs to know about the launches of a workload."""
+    global _record
+    before, _record = _record, []
+    try:
+        yield _record
+    finally:
+        _record = before
+
+
 @cache
 def _entries(kernel: str, arch: str, measured: str) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     if measured and (own := Path(measured) / f"{kernel}.json").is_file():
         entries += json.loads(own.read_text()).get(arch, [])
-    table = json.loads((_TABLES / f"{kernel}.json").read_text())
+    path = _TABLES / f"{kernel}.json"
+    if not path.is_file():
+        raise LookupError(f"no table of tiles for kernel {kernel!r}")
+    table = json.loads(path.read_text())
     return entries + table.get(arch, []) + table["default"]
