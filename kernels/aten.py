@@ -256,7 +256,8 @@ def _activation(y: Tensor, bn: Tensor | None) -> Tensor:
 def _with_moments(y: Tensor) -> tuple[Tensor, Tensor]:
     y = channels_last(y)
     values = y.to(wide(y.dtype))
-    mean = values.mean((0, 2, 3))
+    # An empty part has a mean as well, or merging it would spread its NaN.
+    mean = values.mean((0, 2, 3)) if values.numel() else values.new_zeros(y.shape[1])
     m2 = (values - _vector(mean)).square().sum((0, 2, 3))
     count = torch.full_like(mean, y.shape[0] * y.shape[2] * y.shape[3])
     return y, torch.stack((count, mean, m2))[None]
@@ -270,7 +271,7 @@ def _bn(mean: Tensor, var: Tensor, count: Tensor, gamma: Tensor | None, beta: Te
 
 
 def _masked(grad: Tensor, y: Tensor, bn: Tensor) -> Tensor:
-    # As torch's hardtanh_backward: a NaN lets the gradient through.
+    # As torch's hardtanh_backward on a GPU: a NaN lets the gradient through.
     z = _normalised(y, bn)
     return grad.to(bn.dtype).masked_fill((z <= 0) | (z >= 6), 0)
 
