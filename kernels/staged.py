@@ -103,7 +103,7 @@ def _depthwise_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None
     results = backward.depthwise_backward(
         grad, y2, coef, y1, scale, shift, weight, ctx.stride, need[0] or need[1] or need[2], need[3]
     )
-    return *_asked(need, *results), None
+    return _asked(need, *results, None)
 
 
 depthwise.register_autograd(_depthwise_gradients, setup_context=_depthwise_context)
@@ -180,7 +180,7 @@ def _stem_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...
     x, weight, y, mean = ctx.saved_tensors
     need = ctx.needs_input_grad
     grad, y, coef = _at_convolution(grads, y, mean)
-    return *_asked(need, *backward.stem_backward(grad, y, coef, x, weight, ctx.stride, need[0], need[1])), None
+    return _asked(need, *backward.stem_backward(grad, y, coef, x, weight, ctx.stride, need[0], need[1]), None)
 
 
 stem.register_autograd(_stem_gradients, setup_context=_stem_context)
@@ -320,7 +320,7 @@ def _at_convolution(grads: tuple[Tensor | None, ...], y: Tensor, mean: Tensor) -
 
 
 def _asked(need: tuple[bool, ...], *results: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(result if wanted else None for wanted, result in zip(need, results, strict=False))
+    return tuple(result if wanted else None for wanted, result in zip(need, results, strict=True))
 
 
 def _check_convolution(x: Tensor, weight: Tensor, shape: tuple[int, ...], stride: int = 1) -> None:

@@ -1,0 +1,107 @@
+"""The block in training mode made of staged operators: against the reference, and compiled."""
+
+import pytest
+import torch
+from staged_cases import Make, of
+from torch import Tensor
+
+from mbv2.kernels import reference, staged
+from mbv2.kernels.stages import BatchNorm, ConvBN
+
+BLOCKS = {
+    "stride 1, residual": (3, 8, 3, 1, True),
+    "stride 1": (3, 8, 5, 1, False),
+    "stride 2": (3, 8, 5, 2, False),
+    "t=1": (4, None, 3, 1, False),
+    "t=1, residual": (4, None, 4, 1, True),
+}
+every_block = pytest.mark.parametrize("block", BLOCKS)
+
+
+def composed(
+    x: Tensor, parameters: dict[str, Tensor], stride: int, residual: bool, eps: float = 1e-3
+) -> tuple[Tensor, list[Tensor]]:
+    """The block in training mode out of staged operators, and the variances it met."""
+    variances = []
+
+    def finalized(y: Tensor, mean: Tensor, m2: Tensor, which: str) -> tuple[Tensor, Tensor, Tensor]:
+        number = y.numel() / y.shape[1]
+        scale, shift, var = staged.bn_finalize(mean, m2, number, parameters["g" + which], parameters["b" + which], eps)
+        variances.append(var)
+        return y, scale, shift
+
+    y1 = (x, None, None) if "w1" not in parameters else finalized(*staged.expand(x, parameters["w1"]), "1")
+    y2 = finalized(*staged.depthwise(*y1, parameters["wd"], stride), "2")
+    y3 = finalized(*staged.project(*y2, parameters["w3"]), "3")
+    return staged.bn_apply(*y3, x if residual else None, False), variances
+
+
+def block_parameters(c: int, hidden: int | None, out: int, make: Make) -> dict[str, Tensor]:
+    parameters = (
+        {} if hidden is None else {"w1": make(hidden, c, 1, 1), "g1": make(hidden, around=1), "b1": make(hidden)}
+    )
+    width = hidden or c
+    return parameters | {
+        "wd": make(width, 1, 3, 3),
+        "g2": make(width, around=1),
+        "b2": make(width, around=1),
+        "w3": make(out, width, 1, 1),
+        "g3": make(out, around=1),
+        "b3": make(out),
+    }
+
+
+@every_block
+def test_block_of_stages_equals_the_reference_with_all_gradients(block: str) -> None:
+    c, hidden, out, stride, residual = BLOCKS[block]
+    make = of(seed=7)
+    x, parameters = make(3, c, 7, 6), block_parameters(c, hidden, out, make)
+
+    def conv(weight: str, which: str) -> ConvBN:
+        bn = BatchNorm(parameters["g" + which], parameters["b" + which], None, None, None, 0.1, 1e-3, True, False)
+        return ConvBN(parameters[weight], bn)
+
+    theirs = reference.inverted_residual(
+        x, None if hidden is None else conv("w1", "1"), conv("wd", "2"), conv("w3", "3"), stride, residual
+    )
+    mine, _ = composed(x, parameters, stride, residual)
+    torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+    grad = torch.randn_like(theirs)
+    wanted = [x, *parameters.values()]
+    expected = torch.autograd.grad(theirs, wanted, grad)
+    for name, g, e in zip(["x", *parameters], torch.autograd.grad(mine, wanted, grad), expected, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def check_compiled(block: str, backend: str, dynamic: bool) -> None:
+    c, hidden, out, stride, residual = BLOCKS[block]
+    make = of(torch.float32, seed=8)
+    parameters = block_parameters(c, hidden, out, make)
+    torch._dynamo.reset()
+    compiled = torch.compile(composed, fullgraph=True, backend=backend, dynamic=dynamic)
+    for n in (2, 3):
+        x = make(n, c, 7, 6)
+        wanted = [x, *parameters.values()]
+        eager, variances = composed(x, parameters, stride, residual)
+        graph, compiled_variances = compiled(x, parameters, stride, residual)
+        torch.testing.assert_close((graph, compiled_variances), (eager, variances))
+        assert graph.stride() == eager.stride()
+        grad = torch.randn_like(eager)
+        torch.testing.assert_close(
+            torch.autograd.grad(graph, wanted, grad), torch.autograd.grad(eager, wanted, grad), rtol=1e-4, atol=1e-4
+        )
+
+
+@every_block
+def test_compiled_block_of_stages_equals_eager(block: str) -> None:
+    check_compiled(block, "aot_eager", dynamic=False)
+
+
+@pytest.mark.slow
+def test_block_of_stages_compiles_with_symbolic_shapes() -> None:
+    check_compiled("stride 2", "aot_eager", dynamic=True)
+
+
+@pytest.mark.slow
+def test_block_of_stages_under_inductor_equals_eager() -> None:
+    check_compiled("stride 1, residual", "inductor", dynamic=False)
