@@ -1,0 +1,1 @@
+"""Measurements: what kernels need and cost on each architecture, found without a GPU, and timings on one."""

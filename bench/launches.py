@@ -1,0 +1,284 @@
+"""What each launch of a stage call needs and costs on an architecture, from the compiler's output; nothing is run."""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property
+from hashlib import sha256
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import triton
+from torch import Tensor
+
+from bench import sass, ttir
+from bench.occupancy import DRAM_SHARE, ISSUE_SHARE, TENSOR_SHARE, Architecture, warps_per_sm
+from bench.workload import Call
+from mbv2.kernels.triton import tuning
+
+# The driver that compiles without a GPU belongs to the tests' emulator.
+_TESTS = str(Path(__file__).resolve().parents[1] / "tests")
+if _TESTS not in sys.path:
+    sys.path.append(_TESTS)
+
+from ptxcpu.triton_driver import Compiled, compiled_only  # noqa: E402
+
+# L2 delivers some multiple of DRAM's bytes; with it, tiles that read a tensor several times are told apart.
+_L2_OVER_DRAM = 4.0
+# Fewer warps than this on an SM do not cover the latency of DRAM.
+ENOUGH_WARPS = 8
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A kernel's machine code in numbers: instructions outside loops, and (depth, own instructions) of each loop."""
+
+    registers: int
+    stack_bytes: int
+    straight: int
+    loops: tuple[tuple[int, int], ...]
+    opcodes: dict[str, int]
+
+    def spills(self) -> int:
+        """Instructions that touch local memory."""
+        return sum(self.opcodes.get(opcode, 0) for opcode in sass.SPILLING)
+
+    def tensor_core(self) -> int:
+        """Instructions for the tensor cores."""
+        return sum(self.opcodes.get(opcode, 0) for opcode in sass.TENSOR_CORE)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch on one architecture."""
+
+    arch: Architecture
+    compiled: Compiled
+    machine: Machine
+
+    @property
+    def kernel(self) -> str:
+        return self.compiled.kernel
+
+    @property
+    def programs(self) -> int:
+        return prod(self.compiled.grid)
+
+    @property
+    def tensor_columns(self) -> int:
+        """Tensor memory of a block (sm_100)."""
+        return getattr(self.compiled.metadata, "tmem_size", 0) or 0
+
+    @property
+    def warps_per_sm(self) -> int:
+        c = self.compiled
+        return warps_per_sm(self.arch, c.num_warps, self.machine.registers, c.shared_bytes, self.tensor_columns)
+
+    @property
+    def tile(self) -> dict[str, int]:
+        """The tile it was launched with."""
+        c = self.compiled
+        blocks = {name: value for name, value in c.constants.items() if name.startswith("BLOCK_")}
+        return {**blocks, "num_warps": c.num_warps, "num_stages": c.num_stages}
+
+    def uses(self, meta: dict[str, int]) -> bool:
+        """Whether `meta` is the tile it was launched with."""
+        mine = {**self.compiled.constants, **self.tile}
+        return all(mine.get(name) == value for name, value in meta.items())
+
+    def on(self, arch: Architecture) -> "Launch":
+        """The same machine code, judged by another architecture's limits and rates."""
+        return replace(self, arch=arch)
+
+    @cached_property
+    def program(self) -> ttir.Program:
+        """The mean of a launch's first, middle and last programs."""
+        grid = self.compiled.grid
+        ids = list(product(*(sorted({0, size // 2, size - 1}) for size in grid)))
+        programs = [ttir.follow(self.compiled.ttir, self.compiled.arguments, grid, place) for place in ids]
+        mean = ttir.Program(unknown=programs[0].unknown)
+        for part in programs:
+            mean.loaded_bytes += part.loaded_bytes / len(ids)
+            mean.stored_bytes += part.stored_bytes / len(ids)
+            for kind, fma in part.dots.items():
+                mean.dots[kind] = mean.dots.get(kind, 0) + fma / len(ids)
+        for same in zip(*(part.loops for part in programs), strict=True):
+            mean.loops.append((same[0][0], sum(runs for _, runs in same) / len(ids)))
+        return mean
+
+    @cached_property
+    def instructions(self) -> float:
+        """Instructions of all threads together, idle lanes of padded tiles included."""
+        total, scale = float(self.machine.straight), [1.0]
+        runs = matched(self.machine.loops, self.program.loops)
+        for (depth, own), count in zip(self.machine.loops, runs, strict=True):
+            scale[depth + 1 :] = [scale[depth] * count]
+            total += own * scale[depth + 1]
+        return total * self.programs * self.compiled.num_warps * 32
+
+    @property
+    def elements(self) -> int:
+        """Elements of the largest tensor: what instructions are counted per."""
+        return max((t.numel() for t in self.tensors()), default=1)
+
+    @property
+    def bytes(self) -> int:
+        """What DRAM has to move at least: every tensor once."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+    @property
+    def instructions_per_element(self) -> float:
+        return self.instructions / self.elements
+
+    @property
+    def instructions_per_byte(self) -> float:
+        return self.instructions / self.bytes
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors among the arguments, each once."""
+        found = {}
+        for value in self.compiled.arguments.values():
+            if isinstance(value, Tensor):
+                found[value.untyped_storage()._cdata, value.storage_offset(), value.shape] = value
+        return list(found.values())
+
+    def seconds(self) -> float:
+        """Predicted: the slowest of issue, DRAM, L2 and tensor cores, more where warps or programs are few."""
+        arch, program = self.arch, self.program
+        # Where an SM starts fewer FP32 operations than instructions, half of these are taken to be such operations.
+        issue = self.instructions / (arch.issue_per_second * ISSUE_SHARE * min(1.0, 0.5 + arch.fp32_lanes / 256))
+        dram = self.bytes / (arch.bandwidth * DRAM_SHARE)
+        asked = (program.loaded_bytes + program.stored_bytes) * self.programs
+        l2 = asked / (arch.bandwidth * DRAM_SHARE * _L2_OVER_DRAM)
+        fma = sum(n for kind, n in program.dots.items() if kind in ("f16", "bf16")) * self.programs
+        tensor = fma / (arch.tensor_fma * TENSOR_SHARE)
+        resident = self.warps_per_sm
+        if not resident:
+            return float("inf")
+        busy = min(1.0, self.programs * self.compiled.num_warps / (arch.processors * ENOUGH_WARPS))
+        return max(issue, dram, l2, tensor) / busy * (1 + 1 / resident)
+
+    def faults(self) -> list[str]:
+        """Why this kernel must not be used there; empty when it may."""
+        c, out = self.compiled, []
+        if self.machine.spills() or self.machine.stack_bytes:
+            out.append(f"{self.machine.spills()} accesses to local memory ({self.machine.stack_bytes} bytes)")
+        if c.shared_bytes > self.arch.shared_per_block:
+            out.append(f"{c.shared_bytes} bytes of shared memory, {self.arch.shared_per_block} are there")
+        if self.tensor_columns > 512:
+            out.append(f"{self.tensor_columns} columns of tensor memory, 512 are there")
+        if not out and self.warps_per_sm < ENOUGH_WARPS:
+            out.append(f"{self.warps_per_sm} warps on an SM, {ENOUGH_WARPS} are wanted")
+        if self.machine.opcodes.get("BPT") and len(self.machine.loops) == 0 and not self.machine.opcodes.get("STG"):
+            out.append("nothing but a trap")
+        if {"f16", "bf16"} & set(self.program.dots) and not self.machine.tensor_core():
+            out.append("tl.dot without tensor cores")
+        return out
+
+
+def run(call: Call, arch: Architecture) -> list[Launch]:
+    """Compile what `call` launches on `arch`, with the tiles the tables (or `tuning.forced`) give."""
+    from mbv2.kernels.triton import stages
+
+    with compiled_only(arch.number) as log:
+        getattr(stages, call.stage)(*call.args)
+    return [Launch(arch, compiled, machine_of(compiled.cubin)) for compiled in log]
+
+
+def lookups(call: Call, arch: Architecture) -> list[tuning.Lookup]:
+    """The tiles `call` asks for on `arch`."""
+    from mbv2.kernels.triton import stages
+
+    with compiled_only(arch.number), tuning.recorded() as record, _asked_before_compiling(lambda **_: True):
+        getattr(stages, call.stage)(*call.args)
+    return record
+
+
+@contextmanager
+def one_of_a_kind(seen: set[Any]) -> Iterator[None]:
+    """Inside, of kernels that differ in little but sizes only the first is compiled; launches of others are left out.
+
+    Two kernels are of a kind if their code, types, tiles and options are the same, and every size that is a constant
+    in them has the same divisors up to 16 and lies alike to each side of the tile (below it; a multiple of it).
+    """
+
+    def known(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        names = fn.jit_function.arg_names
+        constants = {names[path[0]]: value for path, value in compile["constants"].items()}
+        kind = (
+            fn.name,
+            tuple(compile["signature"].items()),
+            str(compile["configs"]),
+            tuple((name, _alike(name, value, constants)) for name, value in constants.items()),
+            compile["num_warps"],
+            compile["num_stages"],
+        )
+        if kind in seen:
+            return True
+        seen.add(kind)
+        return False
+
+    with _asked_before_compiling(known):
+        yield
+
+
+def _alike(name: str, value: Any, constants: dict[str, Any]) -> Any:
+    if type(value) is not int or value < 8 or name.startswith("BLOCK_"):
+        return str(value)
+    sides = [side for other, side in constants.items() if other.startswith("BLOCK_")]
+    return min(value & -value, 16), *((value <= side, value % side == 0) for side in sides)
+
+
+@contextmanager
+def _asked_before_compiling(known: Callable[..., bool]) -> Iterator[None]:
+    before = triton.knobs.runtime.jit_cache_hook
+    triton.knobs.runtime.jit_cache_hook = known
+    try:
+        yield
+    finally:
+        triton.knobs.runtime.jit_cache_hook = before
+
+
+def matched(machine: tuple[tuple[int, int], ...], source: list[tuple[int, float]]) -> list[float]:
+    """Runs of each loop of the machine code, given those of the source.
+
+    The compiler drops loops of one run, and those around nothing; what is left is in the source's order.
+    """
+    left = list(source)
+    while len(left) > len(machine):
+        drop = min(range(len(left)), key=lambda i: (left[i][1], -left[i][0]))
+        del left[drop]
+    depths = {depth: [runs for d, runs in left if d == depth] for depth, _ in left}
+    out = []
+    for position, (depth, _) in enumerate(machine):
+        if len(left) == len(machine):
+            out.append(left[position][1])
+        else:  # a loop the compiler made itself: as often as the one before it at that depth
+            same = depths.get(depth, [])
+            out.append(same.pop(0) if same else 1.0)
+    return out
+
+
+@cache
+def machine_of(cubin: bytes) -> Machine:
+    """Read a cubin, once for good: the result is kept in Triton's cache folder."""
+    name = sha256(cubin + Path(sass.__file__).read_bytes()).hexdigest()
+    kept = Path(triton.knobs.cache.dir) / "mbv2_sass" / f"{name}.json"
+    if kept.is_file():
+        fields = json.loads(kept.read_text())
+        return Machine(**{**fields, "loops": tuple((d, n) for d, n in fields["loops"])})
+    code = sass.read(cubin)
+    straight, own = code.own_instructions()
+    loops = tuple((loop.depth, count) for loop, count in zip(code.loops, own, strict=True))
+    opcodes = dict(Counter(i.opcode for i in code.instructions).most_common())
+    machine = Machine(code.registers, code.stack_bytes, straight, loops, opcodes)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    partial = kept.with_suffix(f".{id(machine)}")
+    partial.write_text(json.dumps(asdict(machine)))
+    partial.replace(kept)
+    return machine

@@ -1,0 +1,160 @@
+"""Choosing tiles without a GPU: of each kernel's candidates the one predicted fastest, written as short tables.
+
+For every architecture a few shapes of the full-width network are compiled with every candidate. Candidates that
+spill, do not fit or leave an SM less than eight warps are out; of the others the predicted time counts
+(`Launch.seconds`). A decision tree of few leaves over the sizes the launcher names then becomes the table's entries.
+"""
+
+import importlib
+import json
+import pkgutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import dist, log2
+from pathlib import Path
+from typing import Any
+
+import torch
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import TritonError
+
+from bench import launches, workload
+from bench.occupancy import ARCHITECTURES, Architecture
+from bench.workload import INFERENCE, TRAINING, Call
+from mbv2.kernels import triton as package
+from mbv2.kernels.triton import tuning
+
+TILES = Path(package.__file__).parent / "tiles"
+ENTRIES = 6
+_SHAPES = 5
+# A further entry has to save this share of what one tile for all its sizes costs.
+_WORTH = 0.03
+_FAULTY = 100.0
+# Machine code for these is so much alike that one is compiled for all; the gate looks at each of them afterwards.
+_COMPILED_AS = {86: 80, 89: 80, 120: 80}
+
+Meta = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One shape of one kernel, and what each candidate costs there, in units of the cheapest."""
+
+    sizes: dict[str, int]
+    costs: tuple[float, ...]
+
+
+def candidates() -> dict[str, tuple[Meta, ...]]:
+    """Every tuned kernel and its candidates."""
+    found: dict[str, tuple[Meta, ...]] = {}
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name != "support":
+            loaded = importlib.import_module(f"{package.__name__}.{module.name}")
+            found.update(getattr(loaded, "CANDIDATES", {}))
+    return found
+
+
+def plan(kernel: str, arch: Architecture, itemsize: int) -> list[dict[str, Any]]:
+    """The entries of `kernel`'s table for one architecture and one size in bytes of what it works on."""
+    metas = candidates()[kernel]
+    points = [Point(sizes, costs(kernel, call, metas, arch)) for sizes, call in shapes(kernel, arch, itemsize)]
+    return [{"bytes": itemsize, **entry} for entry in entries_of(points, metas)] if points else []
+
+
+def shapes(kernel: str, arch: Architecture, itemsize: int) -> list[tuple[dict[str, int], Call]]:
+    """A few calls that launch `kernel`, spread over its sizes, each with the sizes it names."""
+    dtype = torch.float16 if itemsize == 2 else torch.float32
+    found: dict[tuple[tuple[str, int], ...], Call] = {}
+    for phases, batches in (((TRAINING,), (128, 16)), ((INFERENCE,), (128, 1))):
+        for batch in batches:
+            of_batch: dict[tuple[tuple[str, int], ...], Call] = {}
+            for call in workload.calls(1.0, 224, batch, dtype, phases):
+                for lookup in launches.lookups(call, arch):
+                    if lookup.kernel == kernel and lookup.dtype.itemsize == itemsize:
+                        of_batch.setdefault(tuple(lookup.sizes.items()), call)
+            keep = _spread(list(of_batch), _SHAPES)
+            for sizes in keep:
+                found.setdefault(sizes, of_batch[sizes])
+    return [(dict(sizes), call) for sizes, call in found.items()]
+
+
+def costs(kernel: str, call: Call, metas: Iterable[Meta], arch: Architecture) -> tuple[float, ...]:
+    """Predicted time of `call` with each candidate, over that of the best; those not to be used cost far more."""
+    compiled_as = ARCHITECTURES[_COMPILED_AS.get(arch.number, arch.number)]
+    seconds = []
+    for meta in metas:
+        try:
+            with tuning.forced(kernel, **meta):
+                found = launches.run(call, compiled_as)
+        except (CompilationError, TritonError, RuntimeError, ValueError, AssertionError):
+            seconds.append(float("inf"))
+            continue
+        found = [launch.on(arch) for launch in found]
+        faulty = any(launch.faults() for launch in found if launch.uses(meta))
+        total = sum(launch.seconds() for launch in found)
+        seconds.append(total * _FAULTY if faulty else total)
+    best = min(seconds)
+    return tuple(s / best if best < float("inf") else 1.0 for s in seconds)
+
+
+def entries_of(points: list[Point], metas: tuple[Meta, ...]) -> list[dict[str, Any]]:
+    """At most ENTRIES entries, first match wins, the last without a bound."""
+    leaves: list[tuple[dict[str, int], list[Point]]] = [({}, points)]
+    whole = _cost(points)
+    while len(leaves) < ENTRIES:
+        options = [
+            (_cost(leaf) - _cost(low) - _cost(high), index, name, bound, low, high)
+            for index, (_, leaf) in enumerate(leaves)
+            for name, bound, low, high in _splits(leaf)
+        ]
+        best = max(options, key=lambda option: option[0], default=None)
+        if best is None or best[0] < _WORTH * whole:
+            break
+        _, index, name, bound, low, high = best
+        bounds = leaves[index][0]
+        # The lower part comes first, so the upper one needs no bound from below.
+        leaves[index : index + 1] = [({**bounds, name: bound}, low), (bounds, high)]
+    return [{**bounds, "tile": dict(metas[_best(leaf)])} for bounds, leaf in leaves]
+
+
+def write(kernel: str, lists: dict[str, list[dict[str, Any]]]) -> None:
+    """Put the lists of architectures into the kernel's table; what it has for others stays."""
+    path = TILES / f"{kernel}.json"
+    table = json.loads(path.read_text())
+    table.update(lists)
+    order = sorted((arch for arch in table if arch != "default"), key=lambda arch: int(arch[3:]))
+    path.write_text(formatted({arch: table[arch] for arch in ["default", *order]}))
+
+
+def formatted(table: dict[str, list[dict[str, Any]]]) -> str:
+    """JSON with one entry a line."""
+    parts = []
+    for arch, entries in table.items():
+        rows = ",\n".join(f"    {json.dumps(entry)}" for entry in entries)
+        parts.append(f'  "{arch}": [\n{rows}\n  ]')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _spread(sizes: list[tuple[tuple[str, int], ...]], count: int) -> list[tuple[tuple[str, int], ...]]:
+    """`count` of them far from each other: the first, then each time the one farthest from all taken so far."""
+    places = {one: [log2(size) for _, size in one] for one in sizes}
+    taken = sizes[:1]
+    while len(taken) < min(count, len(sizes)):
+        taken.append(max(sizes, key=lambda one: min(dist(places[one], places[other]) for other in taken)))
+    return taken
+
+
+def _splits(points: list[Point]) -> Iterable[tuple[str, int, list[Point], list[Point]]]:
+    for name in points[0].sizes:
+        for bound in sorted({p.sizes[name] for p in points})[:-1]:
+            low = [p for p in points if p.sizes[name] <= bound]
+            yield name, bound, low, [p for p in points if p.sizes[name] > bound]
+
+
+def _cost(points: list[Point]) -> float:
+    return min(sum(costs) for costs in zip(*(p.costs for p in points), strict=True))
+
+
+def _best(points: list[Point]) -> int:
+    sums = [sum(costs) for costs in zip(*(p.costs for p in points), strict=True)]
+    return sums.index(min(sums))
