@@ -21,8 +21,8 @@ LARGEST_FUSED_EXPAND = 24576
 EAGER, COMPILED = (109.4, 148.6), (63.4, 114.7)
 GATE = (29.0, 58.0)
 
-FORWARD = ("expand", "depthwise", "project", "bn_apply")
-BACKWARD = ("bn_sums", "project_backward", "depthwise_backward", "expand_backward")
+FORWARD = ("expand", "depthwise", "project", "bn_finalize", "bn_apply")
+BACKWARD = ("bn_sums", "project_backward", "depthwise_backward", "expand_backward", "bn_backward")
 
 
 @dataclass(frozen=True)
