@@ -88,15 +88,15 @@ def block_backward(
     dz2, sums2, dw3 = stages.project_backward(grad, y3, coef3, w3, y2, bn2, into_bn2, need_w3)
     if into_bn2:
         totals2, coef2 = _bn_backward(stages, sums2, bn2, group)
-        if y1 is None:
-            dx, _, dwd = stages.depthwise_backward(dz2, y2, coef2, x, None, wd, stride, need_x, need_wd)
-            dx = dx + grad if dx is not None and residual else dx
-        else:
-            dz1, sums1, dwd = stages.depthwise_backward(dz2, y2, coef2, y1, bn1, wd, stride, into_bn1, need_wd)
-            if into_bn1:
-                totals1, coef1 = _bn_backward(stages, sums1, bn1, group)
-                skip = grad if residual else None
-                dx, dw1 = stages.expand_backward(dz1, y1, coef1, w1, x, skip, need_x, need_w1)
+    if need_wd or into_bn1:
+        a1 = x if y1 is None else y1
+        dz1, sums1, dwd = stages.depthwise_backward(dz2, y2, coef2, a1, bn1, wd, stride, into_bn1, need_wd)
+    skip = grad if residual else None
+    if into_bn1 and y1 is None:
+        dx = dz1 if skip is None else dz1 + skip
+    elif into_bn1:
+        totals1, coef1 = _bn_backward(stages, sums1, bn1, group)
+        dx, dw1 = stages.expand_backward(dz1, y1, coef1, w1, x, skip, need_x, need_w1)
     gradients = [dx, dw1, totals1, dwd, totals2, dw3, totals3]
     return [g if wanted else None for g, wanted in zip(gradients, need, strict=True)]
 
