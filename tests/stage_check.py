@@ -115,4 +115,4 @@ def _merged(value: Tensor) -> list[Tensor]:
         return list(aten.merge_moments(value))
     if value.dim() == 3 and value.shape[1] == 2:
         return list(value.sum(0))
-    return [value]
+    return list(value) if value.dim() == 2 else [value]

@@ -1,4 +1,4 @@
-"""Depthwise 3x3 convolution in channels_last: training (BatchNorm + ReLU6 before it, statistics after it) and inference.
+"""Depthwise 3x3 convolution: for training (BatchNorm + ReLU6 before it, statistics after it) and for inference.
 
 A program owns `BLOCK_P` groups of COLS neighbouring output columns and `BLOCK_C` channels, and walks down a strip of
 output rows. The columns of a group are Python tuples of [BLOCK_P, BLOCK_C] tensors, that is, registers of one thread:
@@ -69,36 +69,40 @@ def load_taps(weight_ptr, offs_c, mask_c, ACC: tl.constexpr):
 
 
 @triton.jit
-def load_column(ptrs, inside, mask_c):
-    """One column of a row, zero where not `inside`; a None says that the mask would be true everywhere."""
-    if inside is None:
-        if mask_c is None:
-            value = tl.load(ptrs)
-        else:
-            value = tl.load(ptrs, mask_c, 0.0)
-    elif mask_c is None:
-        value = tl.load(ptrs, inside, 0.0)
+def load_column(ptrs, column, width, mask_c, CERTAIN: tl.constexpr, ACC: tl.constexpr):
+    """One column of a row, zero where it lies outside the image.
+
+    CERTAIN: it never does, for any group. mask_c: the channels' mask, or None where it would be all true.
+    """
+    if CERTAIN:
+        value = tl.load(ptrs) if mask_c is None else tl.load(ptrs, mask_c, 0.0)
     else:
-        value = tl.load(ptrs, inside & mask_c, 0.0)
-    return value
+        inside = (column >= 0) & (column < width)
+        value = tl.load(ptrs, inside if mask_c is None else inside & mask_c, 0.0)
+    return value.to(ACC)
 
 
 @triton.jit
-def _load_row(ptrs, first, width, mask_c, scale, shift, C: tl.constexpr, COUNT: tl.constexpr, EXACT: tl.constexpr,
+def activate(z, column, width, CERTAIN: tl.constexpr, ACC: tl.constexpr):
+    """relu6(z), zero where the column lies outside the image (a cap of 0 costs nothing there)."""
+    if CERTAIN:
+        cap = 6.0
+    else:
+        cap = tl.where((column >= 0) & (column < width), 6.0, 0.0).to(ACC)
+    return relu6(z, cap)
+
+
+@triton.jit
+def _load_row(ptrs, first, width, mask_c, bn, C: tl.constexpr, COUNT: tl.constexpr, EXACT: tl.constexpr,
               ACC: tl.constexpr):  # fmt: skip
     """Activations of input columns first ... first + COUNT - 1 of a row, zero outside the image."""
     row = ()
     for j in tl.static_range(COUNT):
         # Where the groups cut a row exactly, only a group's outermost columns can lie outside.
-        if EXACT and j > 0 and j < COUNT - 1:
-            value = load_column(ptrs + j * C, None, mask_c).to(ACC)
-            cap = 6.0
-        else:
-            inside = (first + j >= 0) & (first + j < width)
-            value = load_column(ptrs + j * C, inside, mask_c).to(ACC)
-            cap = tl.where(inside, 6.0, 0.0).to(ACC)
-        if scale is not None:
-            value = relu6(value * scale + shift, cap)
+        value = load_column(ptrs + j * C, first + j, width, mask_c, EXACT and j > 0 and j < COUNT - 1, ACC)
+        if bn is not None:
+            z = value * bn[0] + bn[1]
+            value = activate(z, first + j, width, EXACT and j > 0 and j < COUNT - 1, ACC)
         row = row + (value,)
     return row
 
@@ -168,11 +172,11 @@ def _depthwise_kernel(
     mask_load_c = None if C % BLOCK_C == 0 else mask_c[None, :]
 
     taps = load_taps(weight_ptr, offs_c, mask_c, ACC)
-    scale = None
-    shift = None
+    bn = None
     if bn_ptr is not None:
         scale = tl.load(bn_ptr + SCALE * C + offs_c, mask_c, 0.0)[None, :]
         shift = tl.load(bn_ptr + SHIFT * C + offs_c, mask_c, 0.0)[None, :]
+        bn = (scale, shift)
 
     first = column * STRIDE - 1
     image = image.to(tl.int64)[:, None]
@@ -182,13 +186,13 @@ def _depthwise_kernel(
 
     # `upper` is the output row that the next input row completes; at stride 1 `lower` is the one after it.
     if top > 0:
-        row = _load_row(x_ptrs, first, w, mask_load_c, scale, shift, C, WIDE, EXACT, ACC)
+        row = _load_row(x_ptrs, first, w, mask_load_c, bn, C, WIDE, EXACT, ACC)
     else:
         row = zero_columns(WIDE, BLOCK_P, BLOCK_C, ACC)
     upper = _add_taps(zero_columns(COLS, BLOCK_P, BLOCK_C, ACC), row, taps, 0, STRIDE, COLS)
     x_ptrs += x_step
     if STRIDE == 1:
-        row = _load_row(x_ptrs, first, w, mask_load_c, scale, shift, C, WIDE, EXACT, ACC)
+        row = _load_row(x_ptrs, first, w, mask_load_c, bn, C, WIDE, EXACT, ACC)
         upper = _add_taps(upper, row, taps, 1, STRIDE, COLS)
         lower = _add_taps(zero_columns(COLS, BLOCK_P, BLOCK_C, ACC), row, taps, 0, STRIDE, COLS)
         x_ptrs += x_step
@@ -200,11 +204,11 @@ def _depthwise_kernel(
     total_2 = tl.zeros((BLOCK_P, BLOCK_C), ACC)
     for oh in range(top, bottom):
         if STRIDE == 2:
-            row = _load_row(x_ptrs, first, w, mask_load_c, scale, shift, C, WIDE, EXACT, ACC)
+            row = _load_row(x_ptrs, first, w, mask_load_c, bn, C, WIDE, EXACT, ACC)
             upper = _add_taps(upper, row, taps, 1, STRIDE, COLS)
             x_ptrs += x_step
         if oh * STRIDE + 1 < h:
-            row = _load_row(x_ptrs, first, w, mask_load_c, scale, shift, C, WIDE, EXACT, ACC)
+            row = _load_row(x_ptrs, first, w, mask_load_c, bn, C, WIDE, EXACT, ACC)
         else:
             row = zero_columns(WIDE, BLOCK_P, BLOCK_C, ACC)
         x_ptrs += x_step
