@@ -55,14 +55,15 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, inputs, H, W] -> [N, outputs, ceil(H / stride), ceil(W / stride)]."""
+        return kernels.inverted_residual(x, *self.stages(), self.stride, self.use_res_connect)
+
+    def stages(self) -> tuple[kernels.ConvBN | None, kernels.ConvBN, kernels.ConvBN]:
+        """The tensors of expand (None without expansion), depthwise and project, as the operator takes them."""
         *expand, depthwise, project, project_bn = self.conv
-        return kernels.inverted_residual(
-            x,
+        return (
             expand[0].stage() if expand else None,
             depthwise.stage(),
             kernels.ConvBN(project.weight, kernels.BatchNorm.of(project_bn)),
-            self.stride,
-            self.use_res_connect,
         )
 
 

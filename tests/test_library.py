@@ -37,14 +37,7 @@ def block_of(sizes: tuple[int, int, int, int], dtype: torch.dtype = torch.float6
 
 
 def arguments(block: InvertedResidual) -> tuple[Any, ...]:
-    *expand, depthwise, project, bn = block.conv
-    return (
-        expand[0].stage() if expand else None,
-        depthwise.stage(),
-        kernels.ConvBN(project.weight, kernels.BatchNorm.of(bn)),
-        block.stride,
-        block.use_res_connect,
-    )
+    return *block.stages(), block.stride, block.use_res_connect
 
 
 def gradients_of(function: Any, block: InvertedResidual, x: Tensor) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
