@@ -6,7 +6,8 @@ how large these arrays are for a batch of 256 at 224. The product is what DRAM m
 nothing in L2 that an earlier one left there, and everything that it reads twice itself.
 
 The second of these is what the column "blocks" watches: activations fetched by all thread blocks together, each with
-an ideal L1, over the distinct ones. What is above 1 comes from L2 when neighbouring blocks run at the same time.
+an ideal L1, over the distinct ones. What is above 1 comes from L2, as neighbouring blocks, which run at the same time,
+share what they read.
 """
 
 import argparse
@@ -42,15 +43,17 @@ BATCH, RESOLUTION = 256, 224
 RUN_SIDE = 28
 # Activations may differ from the plan's by this share; weights, statistics and partial sums may add as much.
 TOLERANCE = 0.1
-# Halos, and tiles of channels that read the same rows.
-MOST_PER_BLOCK = 1.5
+# What blocks may fetch over the distinct sectors. Halos of strips of rows and columns; and for products whose channels
+# take several tiles, each of which reads all of its rows, what L2 delivers over what DRAM does.
+MOST_HALO, MOST_PRODUCT = 1.5, 4.0
+PRODUCTS = ("expand", "project", "project_backward", "expand_backward")
 
 
 @dataclass(frozen=True)
 class Array:
-    """An array argument of a launch: where it begins, its size, and whether it grows with the pictures."""
+    """An array argument of a launch: which memory it is, its size, and whether it grows with the pictures."""
 
-    address: int
+    memory: tuple[int, int]
     bytes: int
     activation: bool
 
@@ -88,7 +91,7 @@ class Stage:
         if self.planned and self.small > TOLERANCE * self.planned:
             share = self.small / self.planned
             out.append(f"{self.stage}: weights, statistics and partial sums are {share:.0%} of the activations")
-        if self.blocks > MOST_PER_BLOCK:
+        if self.blocks > (MOST_PRODUCT if self.stage in PRODUCTS else MOST_HALO):
             out.append(f"{self.stage}: blocks fetch {self.blocks:.2f} times the distinct sectors of activations")
         return out
 
@@ -110,17 +113,17 @@ class _Watched:
         return call
 
 
-def measure(block: Block, stages: Any = None, run_side: int = RUN_SIDE) -> list[Stage]:
+def measure(block: Block, stages: Any = None, run_side: int | None = RUN_SIDE) -> list[Stage]:
     """Every stage of one training step of a block, in the order of the first calls.
 
     Args:
         block: the shape.
         stages: a backend's stage functions, the Triton kernels by default.
-        run_side: side of the pictures on which kernels run.
+        run_side: side of the pictures on which kernels run; None: run none, take every array as touched once, whole.
     """
     stages = support.stages() if stages is None else stages
     real, tiles = _note_real(block, stages)
-    ran = _run_small(block, stages, min(run_side, block.side), tiles)
+    ran = real if run_side is None else _run_small(block, stages, min(run_side, block.side), tiles)
     assert [name for name, _ in real] == [name for name, _ in ran]
     wanted = plan.planned(block, DTYPE.itemsize)
     merged: dict[str, list[tuple[Launch, Launch]]] = {}
@@ -142,6 +145,9 @@ def _stage(name: str, pairs: list[tuple[Launch, Launch]], planned: int) -> Stage
             if there.activation:
                 distinct += sectors.loads + sectors.stores
                 fetched += sectors.block_loads + sectors.block_stores
+        if not small.sectors:
+            for array in {array.memory: array for array in large.arrays.values()}.values():
+                moved[array.activation] += array.bytes / BATCH
     kernels = tuple(dict.fromkeys(large.kernel for large, _ in pairs))
     return Stage(name, kernels, planned, moved[True], moved[False], fetched / distinct if distinct else 1.0)
 
@@ -187,16 +193,17 @@ def _run_small(
 def _launches(block: Block, batch: int, side: int, run: bool) -> Iterator[list[Launch]]:
     """Every launch inside is noted with its arrays, and made if `run`."""
     log: list[Launch] = []
-    positions = batch * ((side - 1) // block.stride + 1) ** 2
+    # Weights are no multiples of these: they have no factor 7 twice.
+    positions = batch * side**2, batch * ((side - 1) // block.stride + 1) ** 2
     original = JITFunction.run
 
     def note(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         given = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
         arrays = {
             name: Array(
-                value.data_ptr(),
+                (value.untyped_storage()._cdata, value.storage_offset()),
                 value.numel() * value.element_size(),
-                value.dtype == DTYPE and value.numel() % positions == 0,
+                value.dtype == DTYPE and any(value.numel() % rows == 0 for rows in positions),
             )
             for name, value in given.items()
             if isinstance(value, Tensor)
@@ -248,14 +255,6 @@ def _train(stages: Any, block: Block, batch: int, side: int, device: str) -> Non
 
 
 # --- the network ---------------------------------------------------------------------------------------------
-
-
-def network(
-    stages: Any = None, run_side: int = RUN_SIDE, blocks: list[Block] | None = None
-) -> dict[Block, list[Stage]]:
-    """Every distinct block of the full-width network."""
-    found = plan.network(1.0, RESOLUTION) if blocks is None else blocks
-    return {block: measure(block, stages, run_side) for block in dict.fromkeys(found)}
 
 
 def totals(blocks: list[Block], measured: dict[Block, list[Stage]]) -> dict[str, float]:
@@ -318,7 +317,7 @@ def main() -> int:
     parser.add_argument("--side", type=int, default=RUN_SIDE, help="side of the pictures that kernels run on")
     options = parser.parse_args()
     blocks = plan.network(1.0, RESOLUTION)
-    measured = network(run_side=options.side)
+    measured = {block: measure(block, run_side=options.side) for block in dict.fromkeys(blocks)}
     print(table(blocks, measured))
     found = faults(blocks, measured)
     print("\n" + "\n".join(found or ["the plan is met"]))
