@@ -3,7 +3,6 @@ import torch
 from conftest import Gpu
 from stage_check import HALF_AND_SINGLE, activations, batch_norm_of, check_stage, skip_if_wrong_there, weights
 
-from mbv2.kernels import aten
 from mbv2.kernels.triton import depthwise, tuning
 
 TILE = {"BLOCK_P": 4, "BLOCK_C": 16, "num_warps": 1, "num_stages": 1}

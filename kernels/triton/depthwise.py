@@ -85,11 +85,7 @@ def load_column(ptrs, column, width, mask_c, CERTAIN: tl.constexpr, ACC: tl.cons
 @triton.jit
 def activate(z, column, width, CERTAIN: tl.constexpr, ACC: tl.constexpr):
     """relu6(z), zero where the column lies outside the image (a cap of 0 costs nothing there)."""
-    if CERTAIN:
-        cap = 6.0
-    else:
-        cap = tl.where((column >= 0) & (column < width), 6.0, 0.0).to(ACC)
-    return relu6(z, cap)
+    return relu6(z, 6.0 if CERTAIN else tl.where((column >= 0) & (column < width), 6.0, 0.0).to(ACC))
 
 
 @triton.jit
