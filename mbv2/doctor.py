@@ -15,7 +15,7 @@ from mbv2.errors import UserError
 def examine() -> dict[str, Any]:
     """What is here and what the product will use of it; values are text, numbers, or lists and dicts of them.
 
-    The backends are found by running one small picture through the network on the device that would be used.
+    The backends are found by running two small pictures through the network on the device that would be used.
     """
     import torch
 
@@ -93,6 +93,7 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("extension", kernels["extension"]),
         ("kernels", f"{', '.join(kernels['used']) or 'none'}: {kernels['why']}"),
         ("calls", calls or "none"),
+        *[("FAILED CHECK", f"{stage}: {why}; plain torch runs it") for stage, why in kernels["failed_checks"].items()],
     ]
 
 
@@ -110,17 +111,19 @@ def _print_table(rows: list[tuple[str, str]]) -> None:
 
 
 def _kernels(device: Any) -> dict[str, Any]:
-    """Which backend serves each operator for a picture on `device`, told from the counters of a real forward pass."""
+    """Which backend serves each operator on `device`, told from the counters of one inference and one training step."""
     import torch
 
     from mbv2 import kernels
     from mbv2.model import MobileNetV2
 
-    model = MobileNetV2(10, 0.35).eval().to(device, memory_format=torch.channels_last)
+    model = MobileNetV2(10, 0.35).to(device, memory_format=torch.channels_last)
     before = kernels.report()["calls"]
+    pictures = torch.zeros(2, 3, 32, 32, device=device)
     try:
         with torch.no_grad():
-            model(torch.zeros(1, 3, 32, 32, device=device))
+            model.eval()(pictures)
+        model.train()(pictures).sum().backward()
     except kernels.BackendError as error:
         after, why = kernels.report(), str(error)
     else:
@@ -141,6 +144,7 @@ def _kernels(device: Any) -> dict[str, Any]:
         "available": after["available"],
         "asked": after["asked"],
         "calls": calls,
+        "failed_checks": after["failed_checks"],
         "extension": f"compiled backends: {', '.join(built)}" if built else "none in this build",
     }
 
