@@ -20,12 +20,13 @@ SHIFT = tl.constexpr(layout.SHIFT)
 
 # About three waves of five programs on each of a hundred multiprocessors; a constant, since the number of parts that
 # statistics are merged from must not depend on the device.
-_PROGRAMS = 1536
+PROGRAMS = 1536
 # Fewer rows would re-read more than half of the input (from L2) as halo of the strips at stride 1.
-_ROWS_AT_LEAST = 4
+ROWS_AT_LEAST = 4
 # The statistics' relative error is at most about (values per thread) x 2^-24, see _depthwise_kernel.
-_ROWS_AT_MOST = 56
-_COLUMNS = (7, 8, 6, 5, 4)
+ROWS_AT_MOST = 56
+# Widths of a group: that with the least padding of an image row is taken, the first of equals.
+COLUMNS = (7, 8, 6, 5, 4)
 
 CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
     "depthwise": (
@@ -260,9 +261,9 @@ def depthwise_folded(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Te
 
 def cut(n: int, rows: int, columns: int, channel_tiles: int, block_p: int) -> tuple[int, int, int]:
     """How a kernel cuts n images of rows x columns: (COLS, rows of a strip, strips); of the shape only."""
-    cols = min(_COLUMNS, key=lambda size: -columns % size)
+    cols = min(COLUMNS, key=lambda size: -columns % size)
     tiles = triton.cdiv(n * triton.cdiv(columns, cols), block_p) * channel_tiles
-    strips = min(max(_PROGRAMS // tiles, triton.cdiv(rows, _ROWS_AT_MOST), 1), triton.cdiv(rows, _ROWS_AT_LEAST))
+    strips = min(max(PROGRAMS // tiles, triton.cdiv(rows, ROWS_AT_MOST), 1), triton.cdiv(rows, ROWS_AT_LEAST))
     strip = triton.cdiv(rows, strips)
     return cols, strip, triton.cdiv(rows, strip)
 
