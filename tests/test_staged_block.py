@@ -1,7 +1,11 @@
 """The block in training mode made of staged operators: against the reference, and compiled."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from stage_check import FLOOR, HALF_AND_SINGLE, relative_error
 from staged_cases import Make, of
 from torch import Tensor
 
@@ -51,19 +55,21 @@ def block_parameters(c: int, hidden: int | None, out: int, make: Make) -> dict[s
     }
 
 
+def by_reference(x: Tensor, parameters: dict[str, Tensor], stride: int, residual: bool) -> Tensor:
+    def conv(weight: str, which: str) -> ConvBN:
+        bn = BatchNorm(parameters["g" + which], parameters["b" + which], None, None, None, 0.1, 1e-3, True, False)
+        return ConvBN(parameters[weight], bn)
+
+    expand = conv("w1", "1") if "w1" in parameters else None
+    return reference.inverted_residual(x, expand, conv("wd", "2"), conv("w3", "3"), stride, residual)
+
+
 @every_block
 def test_block_of_stages_equals_the_reference_with_all_gradients(block: str) -> None:
     c, hidden, out, stride, residual = BLOCKS[block]
     make = of(seed=7)
     x, parameters = make(3, c, 7, 6), block_parameters(c, hidden, out, make)
-
-    def conv(weight: str, which: str) -> ConvBN:
-        bn = BatchNorm(parameters["g" + which], parameters["b" + which], None, None, None, 0.1, 1e-3, True, False)
-        return ConvBN(parameters[weight], bn)
-
-    theirs = reference.inverted_residual(
-        x, None if hidden is None else conv("w1", "1"), conv("wd", "2"), conv("w3", "3"), stride, residual
-    )
+    theirs = by_reference(x, parameters, stride, residual)
     mine, _ = composed(x, parameters, stride, residual)
     torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
     grad = torch.randn_like(theirs)
@@ -71,6 +77,32 @@ def test_block_of_stages_equals_the_reference_with_all_gradients(block: str) -> 
     expected = torch.autograd.grad(theirs, wanted, grad)
     for name, g, e in zip(["x", *parameters], torch.autograd.grad(mine, wanted, grad), expected, strict=True):
         torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
+def test_block_of_stages_is_as_accurate_as_eager(dtype: torch.dtype) -> None:
+    """Errors are means over several blocks: sums that cancel make a single one's a matter of luck."""
+    mine, eager = torch.zeros(11), torch.zeros(11)
+    for seed in range(6):
+        make = of(seed=seed)
+        x, parameters = make(4, 8, 14, 14).to(dtype), block_parameters(8, 24, 8, make)
+        for name, p in parameters.items():
+            # Weights of unit gain in the activations' type; gamma and beta stay float32.
+            parameters[name] = (p / p[0].numel() ** 0.5).to(dtype) if name[0] == "w" else p.float()
+        exact = with_gradients(by_reference, x.double(), {name: p.double() for name, p in parameters.items()})
+        for block, errors in ((composed, mine), (by_reference, eager)):
+            got = with_gradients(block, x, parameters)
+            errors += torch.tensor([relative_error(g, e) for g, e in zip(got, exact, strict=True)])
+    for name, m, e in zip(["out", "x", *parameters], mine / 6, eager / 6, strict=True):
+        assert m <= 1.3 * e + FLOOR[dtype], f"{name}: error {m:.1e} against float64, eager {e:.1e}"
+
+
+def with_gradients(block: Callable[..., Any], x: Tensor, parameters: dict[str, Tensor]) -> list[Tensor]:
+    leaves = [v.detach().requires_grad_() for v in (x, *parameters.values())]
+    out = block(leaves[0], dict(zip(parameters, leaves[1:], strict=True)), 1, True)
+    out = out[0] if isinstance(out, tuple) else out
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(4)).bfloat16().to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
 def check_compiled(block: str, backend: str, dynamic: bool) -> None:
