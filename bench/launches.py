@@ -30,6 +30,10 @@ from ptxcpu.triton_driver import Compiled, compiled_only  # noqa: E402
 
 # L2 delivers some multiple of DRAM's bytes; with it, tiles that read a tensor several times are told apart.
 _L2_OVER_DRAM = 4.0
+# Seconds from a load to its use, under load.
+_ROUND_TRIP = 0.8e-6
+# Of two bounds alike, the sum of their powers makes this root of two: how little the smaller ones are hidden.
+_SHARPNESS = 3
 # Fewer warps than this on an SM do not cover the latency of DRAM.
 ENOUGH_WARPS = 8
 
@@ -108,7 +112,7 @@ class Launch:
             for kind, fma in part.dots.items():
                 mean.dots[kind] = mean.dots.get(kind, 0) + fma / len(ids)
         for same in zip(*(part.loops for part in programs), strict=True):
-            mean.loops.append((same[0][0], sum(runs for _, runs in same) / len(ids)))
+            mean.loops.append(same[0]._replace(runs=sum(loop.runs for loop in same) / len(ids)))
         return mean
 
     @cached_property
@@ -148,20 +152,32 @@ class Launch:
         return list(found.values())
 
     def seconds(self) -> float:
-        """Predicted: the slowest of issue, DRAM, L2 and tensor cores, more where warps or programs are few."""
-        arch, program = self.arch, self.program
+        """Predicted: whatever is slowest of issue, DRAM, L2, tensor cores and latency, the others hidden in part."""
+        arch, program, resident = self.arch, self.program, self.warps_per_sm
+        if not resident:
+            return float("inf")
         # Where an SM starts fewer FP32 operations than instructions, half of these are taken to be such operations.
         issue = self.instructions / (arch.issue_per_second * ISSUE_SHARE * min(1.0, 0.5 + arch.fp32_lanes / 256))
         dram = self.bytes / (arch.bandwidth * DRAM_SHARE)
         asked = (program.loaded_bytes + program.stored_bytes) * self.programs
         l2 = asked / (arch.bandwidth * DRAM_SHARE * _L2_OVER_DRAM)
         fma = sum(n for kind, n in program.dots.items() if kind in ("f16", "bf16")) * self.programs
-        tensor = fma / (arch.tensor_fma * TENSOR_SHARE)
-        resident = self.warps_per_sm
-        if not resident:
-            return float("inf")
-        busy = min(1.0, self.programs * self.compiled.num_warps / (arch.processors * ENOUGH_WARPS))
-        return max(issue, dram, l2, tensor) / busy * (1 + 1 / resident)
+        rate = arch.mma_sync_share if self.machine.opcodes.get("HMMA") else 1.0
+        tensor = fma / (arch.tensor_fma * TENSOR_SHARE * rate)
+        warps = self.programs * self.compiled.num_warps / arch.processors
+        busy = min(1.0, warps / ENOUGH_WARPS)
+        throughput = (t / busy for t in (issue, dram, l2, tensor))
+        latency = self._round_trips() * _ROUND_TRIP * max(1.0, warps / resident)
+        return sum(t**_SHARPNESS for t in (*throughput, latency)) ** (1 / _SHARPNESS)
+
+    def _round_trips(self) -> float:
+        """How often a program waits for memory: once a pass of a loop, less where loads are issued stages ahead."""
+        passes, entries = 1.0, [1.0]
+        for loop in self.program.loops:
+            entries[loop.depth + 1 :] = [entries[loop.depth] * loop.runs]
+            passes += entries[loop.depth + 1]
+        ahead = self.compiled.num_stages if self.machine.opcodes.get("LDGSTS") else 1
+        return passes / ahead
 
     def faults(self) -> list[str]:
         """Why this kernel must not be used there; empty when it may."""
@@ -244,24 +260,17 @@ def _asked_before_compiling(known: Callable[..., bool]) -> Iterator[None]:
         triton.knobs.runtime.jit_cache_hook = before
 
 
-def matched(machine: tuple[tuple[int, int], ...], source: list[tuple[int, float]]) -> list[float]:
+def matched(machine: tuple[tuple[int, int], ...], source: list[ttir.Loop]) -> list[float]:
     """Runs of each loop of the machine code, given those of the source.
 
-    The compiler drops loops of one run, and those around nothing; what is left is in the source's order.
+    Loops whose number of runs is a constant may have been unrolled, the innermost first; the others are all there, in
+    the source's order. A loop the compiler made itself counts as run once.
     """
     left = list(source)
     while len(left) > len(machine):
-        drop = min(range(len(left)), key=lambda i: (left[i][1], -left[i][0]))
-        del left[drop]
-    depths = {depth: [runs for d, runs in left if d == depth] for depth, _ in left}
-    out = []
-    for position, (depth, _) in enumerate(machine):
-        if len(left) == len(machine):
-            out.append(left[position][1])
-        else:  # a loop the compiler made itself: as often as the one before it at that depth
-            same = depths.get(depth, [])
-            out.append(same.pop(0) if same else 1.0)
-    return out
+        del left[max(range(len(left)), key=lambda i: (left[i].constant, left[i].depth, -left[i].runs))]
+    runs = [loop.runs for loop in left]
+    return runs + [1.0] * (len(machine) - len(runs))
 
 
 @cache

@@ -25,6 +25,7 @@ class Architecture:
         bandwidth: DRAM, bytes/s.
         fp32_lanes: FP32 operations an SM starts in a clock.
         tensor_fma: fused multiply-adds/s of the tensor cores, 16-bit operands and float32 sums.
+        mma_sync_share: of these, what the instructions of sm_80 (HMMA) reach.
     """
 
     number: int
@@ -38,6 +39,7 @@ class Architecture:
     bandwidth: float
     fp32_lanes: int
     tensor_fma: float
+    mma_sync_share: float = 1.0
 
     @property
     def name(self) -> str:
@@ -60,8 +62,8 @@ ARCHITECTURES = {
         Architecture(80, "A100-40GB", 64, 32, 164 << 10, 163 << 10, 108, 1.41e9, 1.555e12, 64, 156e12),
         Architecture(86, "RTX 3090", 48, 16, 100 << 10, 99 << 10, 82, 1.695e9, 0.936e12, 128, 35.5e12),
         Architecture(89, "RTX 4090", 48, 24, 100 << 10, 99 << 10, 128, 2.52e9, 1.008e12, 128, 82.5e12),
-        Architecture(90, "H100 SXM", 64, 32, 228 << 10, 227 << 10, 132, 1.755e9, 3.35e12, 128, 494e12),
-        Architecture(100, "B200", 64, 32, 228 << 10, 227 << 10, 148, 1.85e9, 8.0e12, 128, 1125e12),
+        Architecture(90, "H100 SXM", 64, 32, 228 << 10, 227 << 10, 132, 1.755e9, 3.35e12, 128, 494e12, 0.6),
+        Architecture(100, "B200", 64, 32, 228 << 10, 227 << 10, 148, 1.85e9, 8.0e12, 128, 1125e12, 0.25),
         Architecture(120, "RTX 5090", 48, 24, 100 << 10, 99 << 10, 170, 2.41e9, 1.792e12, 128, 105e12),
     )
 }

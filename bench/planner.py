@@ -26,11 +26,15 @@ from mbv2.kernels.triton import tuning
 
 TILES = Path(package.__file__).parent / "tiles"
 ENTRIES = 6
-_SHAPES = 5
+_SHAPES = 4
 # A further entry has to save this share of what one tile for all its sizes costs.
 _WORTH = 0.03
 _FAULTY = 100.0
-# Machine code for these is so much alike that one is compiled for all; the gate looks at each of them afterwards.
+_OF_BATCH = ("rows", "vectors", "images", "parts")
+# Kernels whose tile of rows may have any height.
+_ANY_ROWS = ("expand", "project", "pointwise_folded", "project_backward", "expand_backward")
+# Tensor-core code of these is so much alike that one is compiled for all, and all other code is alike everywhere; the
+# gate looks at what was chosen on every architecture afterwards.
 _COMPILED_AS = {86: 80, 89: 80, 120: 80}
 
 Meta = dict[str, int]
@@ -57,6 +61,8 @@ def candidates() -> dict[str, tuple[Meta, ...]]:
 def plan(kernel: str, arch: Architecture, itemsize: int) -> list[dict[str, Any]]:
     """The entries of `kernel`'s table for one architecture and one size in bytes of what it works on."""
     metas = candidates()[kernel]
+    if arch.number == 100 and kernel in _ANY_ROWS:
+        metas = with_low_tiles(metas)
     points = [Point(sizes, costs(kernel, call, metas, arch)) for sizes, call in shapes(kernel, arch, itemsize)]
     return [{"bytes": itemsize, **entry} for entry in entries_of(points, metas)] if points else []
 
@@ -80,21 +86,37 @@ def shapes(kernel: str, arch: Architecture, itemsize: int) -> list[tuple[dict[st
 
 def costs(kernel: str, call: Call, metas: Iterable[Meta], arch: Architecture) -> tuple[float, ...]:
     """Predicted time of `call` with each candidate, over that of the best; those not to be used cost far more."""
-    compiled_as = ARCHITECTURES[_COMPILED_AS.get(arch.number, arch.number)]
     seconds = []
     for meta in metas:
         try:
             with tuning.forced(kernel, **meta):
-                found = launches.run(call, compiled_as)
+                found = _compiled(call, arch)
         except (CompilationError, TritonError, RuntimeError, ValueError, AssertionError):
             seconds.append(float("inf"))
             continue
-        found = [launch.on(arch) for launch in found]
         faulty = any(launch.faults() for launch in found if launch.uses(meta))
         total = sum(launch.seconds() for launch in found)
         seconds.append(total * _FAULTY if faulty else total)
     best = min(seconds)
     return tuple(s / best if best < float("inf") else 1.0 for s in seconds)
+
+
+def _compiled(call: Call, arch: Architecture) -> list[launches.Launch]:
+    found = launches.run(call, ARCHITECTURES[80])
+    own = arch.number not in (80, *_COMPILED_AS)
+    if own and any(launch.machine.tensor_core() for launch in found):
+        found = launches.run(call, arch)
+    return [launch.on(arch) for launch in found]
+
+
+def with_low_tiles(metas: tuple[Meta, ...]) -> tuple[Meta, ...]:
+    """The candidates, and their like with tiles of 32 rows, for sm_100.
+
+    From 64 rows on, Triton uses the tensor memory there, in whose layout a thread holds a whole row: sums over the rows
+    of a tile, as statistics are, then take several times the instructions, and registers run out.
+    """
+    low = [{**meta, "BLOCK_M": 32, "num_warps": warps} for meta in metas for warps in (2, 4) if meta["BLOCK_M"] >= 64]
+    return tuple({tuple(meta.items()): meta for meta in [*metas, *low]}.values())
 
 
 def entries_of(points: list[Point], metas: tuple[Meta, ...]) -> list[dict[str, Any]]:
@@ -145,7 +167,8 @@ def _spread(sizes: list[tuple[tuple[str, int], ...]], count: int) -> list[tuple[
 
 
 def _splits(points: list[Point]) -> Iterable[tuple[str, int, list[Point], list[Point]]]:
-    for name in points[0].sizes:
+    # A batch's sizes go along with the layers' here, but not in general: of equal splits the layers' are taken.
+    for name in sorted(points[0].sizes, key=lambda name: name in _OF_BATCH):
         for bound in sorted({p.sizes[name] for p in points})[:-1]:
             low = [p for p in points if p.sizes[name] <= bound]
             yield name, bound, low, [p for p in points if p.sizes[name] > bound]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 _ASSIGN = re.compile(r"^(%[\w#]+)(?::\d+)? = (.*)$")
 _FOR = re.compile(r"scf\.for %\w+ = (\S+) to (\S+) step (\S+)")
@@ -51,18 +51,26 @@ _COMPARE: dict[str, Callable[[int, int], bool]] = {
 }
 
 
+class Loop(NamedTuple):
+    """A loop of the source: how deep it lies, its runs for each entry, whether the compiler knows that number."""
+
+    depth: int
+    runs: float
+    constant: bool
+
+
 @dataclass
 class Program:
     """What one program does.
 
     Attributes:
-        loops: (depth, runs for each entry) of every loop, outer before inner, in the order of the code.
+        loops: every loop, outer before inner, in the order of the code.
         loaded_bytes, stored_bytes: asked for, masked-off elements included.
         dots: multiply-adds of tl.dot by the type of its operands, padding included.
         unknown: scalars that loop bounds needed and that could not be followed.
     """
 
-    loops: list[tuple[int, float]] = field(default_factory=list)
+    loops: list[Loop] = field(default_factory=list)
     loaded_bytes: float = 0
     stored_bytes: float = 0
     dots: dict[str, float] = field(default_factory=dict)
@@ -157,7 +165,8 @@ def _run_for(op: _Op, values: dict[str, Any], out: Program, depth: int, times: f
         runs = 1
     else:
         runs = max(0, -(-(stop - first) // step))
-    out.loops.append((depth, runs))
+    constant = all(name.startswith("%c") and name[2:3].isdigit() for name in bounds.groups())
+    out.loops.append(Loop(depth, runs, constant))
     inside = dict(values)
     inside[op.text.split()[1]] = first
     if carried := re.search(r"iter_args\((.*?)\) ->", op.text):
