@@ -34,17 +34,21 @@ def rows(
     arch: Architecture, dtype: torch.dtype, networks: Iterable[tuple[float, int]], batch: int = 128
 ) -> dict[str, Row]:
     """What every kind of kernel the networks launch needs and costs, by the stage call that launched it first."""
-    found: dict[str, Row] = {}
-    seen: set[Any] = set()
-    done: set[Any] = set()
+    calls = {}
     for alpha, resolution in networks:
         for call in workload.calls(alpha, resolution, batch, dtype):
-            if call.key in done:
-                continue
-            done.add(call.key)
-            with launches.one_of_a_kind(seen):
-                for launch in launches.run(call, arch):
-                    found.setdefault(f"{launch.kernel}: {call}", _row(launch))
+            calls.setdefault(call.key, call)
+    return rows_of(calls.values(), arch)
+
+
+def rows_of(calls: Iterable[workload.Call], arch: Architecture) -> dict[str, Row]:
+    """The same for given calls."""
+    found: dict[str, Row] = {}
+    seen: set[Any] = set()
+    for call in calls:
+        with launches.one_of_a_kind(seen):
+            for launch in launches.run(call, arch):
+                found.setdefault(f"{launch.kernel}: {call}", _row(launch))
     return found
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from bench import planner
 from bench.occupancy import ARCHITECTURES
 from bench.workload import Call
-from mbv2.kernels.triton import stages, tuning
+from mbv2.kernels.triton import tuning
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,6 +63,8 @@ def write(folder: Path, kernel: str, entries: list[dict[str, Any]]) -> None:
 
 def _seconds(kernel: str, meta: dict[str, int], stage: str, args: list[Any]) -> float:
     """Median time of the stage with this tile; infinite where it cannot be launched."""
+    from mbv2.kernels.triton import stages
+
     benchmark = triton.runtime.driver.active.get_benchmarker()
     with tuning.forced(kernel, **meta):
         try:
