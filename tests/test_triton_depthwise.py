@@ -15,7 +15,14 @@ from mbv2.kernels.triton.depthwise import depthwise, depthwise_folded
 TILE = {"BLOCK_P": 4, "BLOCK_C": 16, "num_warps": 1, "num_stages": 1}
 DTYPES = (*HALF_AND_SINGLE, torch.float64)
 # Batch, channels, height, width, stride; the blocks of two columns below cut odd numbers of output columns raggedly.
-SHAPES = ((1, 8, 1, 1, 1), (1, 8, 1, 1, 2), (3, 16, 10, 4, 1), (2, 16, 6, 8, 2), (1, 40, 13, 6, 2), (3, 24, 5, 2, 1))
+SHAPES = (
+    (1, 24, 1, 1, 1),
+    (1, 24, 1, 1, 2),
+    (3, 16, 10, 4, 1),
+    (2, 8, 6, 8, 2),
+    pytest.param(3, 24, 5, 2, 1, marks=pytest.mark.slow),
+    pytest.param(1, 40, 13, 6, 2, marks=pytest.mark.slow),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -68,9 +75,13 @@ def test_folded_adds_bias_and_clamps(gpu: Gpu, stride: int, dtype: torch.dtype) 
     check_stage(gpu, depthwise_folded, x, weight, torch.linspace(-2, 6, 24), stride)
 
 
-@pytest.mark.parametrize(
-    "stride", (1, pytest.param(2, marks=pytest.mark.slow)), ids=("stride 1, odd", "stride 2, even")
-)
+def test_empty_batch_gives_an_empty_result(gpu: Gpu) -> None:
+    x = torch.empty(0, 24, 9, 5, device=gpu.device)
+    y = depthwise_folded(x, torch.zeros(24, 1, 3, 3, device=gpu.device), torch.zeros(24, device=gpu.device), 2)
+    assert y.shape == (0, 24, 5, 3)
+
+
+@pytest.mark.parametrize("stride", (1, pytest.param(2, marks=pytest.mark.slow)))
 def test_the_tiles_of_real_shapes(gpu: Gpu, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     y1 = activations(2, 32, 7 * stride, 14 * stride, torch.float16)
@@ -79,7 +90,7 @@ def test_the_tiles_of_real_shapes(gpu: Gpu, stride: int, monkeypatch: pytest.Mon
 
 
 def test_one_long_strip_and_many_short_ones_agree(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    y1 = activations(3, 24, 18, 9, torch.float32)
+    y1 = activations(1, 24, 18, 9, torch.float32)
     bn, weight = batch_norm_of(y1), weights(24, 1, 3, 3, dtype=torch.float32)
     args = [t.to(gpu.device) for t in (y1, bn, weight)]
     short, parts = depthwise(*args, 1)

@@ -262,7 +262,7 @@ def depthwise_folded(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Te
 def cut(n: int, rows: int, columns: int, channel_tiles: int, block_p: int) -> tuple[int, int, int]:
     """How a kernel cuts n images of rows x columns: (COLS, rows of a strip, strips); of the shape only."""
     cols = min(COLUMNS, key=lambda size: -columns % size)
-    tiles = triton.cdiv(n * triton.cdiv(columns, cols), block_p) * channel_tiles
+    tiles = max(triton.cdiv(n * triton.cdiv(columns, cols), block_p) * channel_tiles, 1)
     strips = min(max(PROGRAMS // tiles, triton.cdiv(rows, ROWS_AT_MOST), 1), triton.cdiv(rows, ROWS_AT_LEAST))
     strip = triton.cdiv(rows, strips)
     return cols, strip, triton.cdiv(rows, strip)
