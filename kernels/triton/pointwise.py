@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mbv2.kernels.layout import SCALE, SHIFT, new_channels_last, wide
 from mbv2.kernels.triton import tuning
+from mbv2.kernels.triton.depthwise import relu6
 
 # Programs of a launch with statistics: about five waves on the largest GPUs, and few enough that the moments stay
 # small against the activations. A constant, so that equal shapes add up in equal order on every GPU.
@@ -54,13 +55,6 @@ CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
 
 
 @triton.jit
-def relu6(z, cap=6.0):
-    """min(max(z, 0), cap) that passes NaN on, as torch's does; the hardware's own min and max drop it."""
-    floor = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(floor, cap, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def _matrix(ptr, offs, mask, start, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
     """[len(offs), BLOCK] of a row-major matrix of rows of LENGTH values, from column `start`; zeros outside."""
     columns = start + tl.arange(0, BLOCK)
@@ -100,7 +94,7 @@ def _product(
                 offs_k = start + tl.arange(0, BLOCK_K)
                 scale = tl.load(scale_ptr + offs_k, mask=offs_k < K, other=0.0)[None, :]
                 shift = tl.load(shift_ptr + offs_k, mask=offs_k < K, other=0.0)[None, :]
-                x = relu6(x.to(ACC) * scale + shift).to(w_ptr.dtype.element_ty)
+                x = relu6(x.to(ACC) * scale + shift, 6.0).to(w_ptr.dtype.element_ty)
             acc = tl.dot(x, w, acc, input_precision=PRECISION, out_dtype=ACC)
     return acc
 
@@ -262,7 +256,7 @@ def pointwise_folded_kernel(
     )  # fmt: skip
     acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
     if RELU6:
-        acc = relu6(acc)
+        acc = relu6(acc, 6.0)
     mask = mask_m[:, None] & mask_n[None, :]
     offs = first * N + offs_m[:, None] * N + offs_n[None, :]
     if RESIDUAL:
@@ -281,7 +275,7 @@ def expand(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     y = new_channels_last(x, (n, hidden, h, w))
     parts, programs = _split(rows, hidden, meta)
     moments = x.new_empty((parts, 3, hidden), dtype=wide(x.dtype))
-    expand_kernel[(programs,)](x, weight, y, moments, rows, parts, cin, hidden, **_arithmetic(x.dtype), **meta)
+    expand_kernel[(programs,)](x, weight, y, moments, rows, parts, cin, hidden, **arithmetic(x.dtype), **meta)
     return y, moments
 
 
@@ -294,7 +288,7 @@ def project(y2: Tensor, bn2: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     parts, programs = _split(rows, cout, meta)
     moments = y2.new_empty((parts, 3, cout), dtype=wide(y2.dtype))
     project_kernel[(programs,)](
-        y2, bn2[SCALE], bn2[SHIFT], weight, y, moments, rows, parts, hidden, cout, **_arithmetic(y2.dtype), **meta
+        y2, bn2[SCALE], bn2[SHIFT], weight, y, moments, rows, parts, hidden, cout, **arithmetic(y2.dtype), **meta
     )
     return y, moments
 
@@ -317,7 +311,7 @@ def pointwise_folded(x: Tensor, weight: Tensor, bias: Tensor, relu6: bool, resid
         cout,
         RELU6=relu6,
         RESIDUAL=residual is not None,
-        **_arithmetic(x.dtype),
+        **arithmetic(x.dtype),
         **meta,
     )
     return y
@@ -330,6 +324,7 @@ def _split(rows: int, channels: int, meta: dict[str, int]) -> tuple[int, int]:
     return parts, parts * n_tiles
 
 
-def _arithmetic(dtype: torch.dtype) -> dict[str, object]:
+def arithmetic(dtype: torch.dtype) -> dict[str, object]:
+    """The constants PRECISION and ACC of a kernel for activations of `dtype`."""
     accumulator = tl.float64 if dtype == torch.float64 else tl.float32
     return {"PRECISION": tuning.dot_precision(dtype), "ACC": accumulator}
