@@ -23,9 +23,10 @@ COUNT = tl.constexpr(layout.COUNT)
 # One wave of about eight programs on each of 108 to 148 multiprocessors: more parts would only be more to merge.
 PROGRAMS = 1024
 
+# A few programs wait for memory and for one another's sums: what counts is how much each has in flight.
 _PARTS_TILES = (
-    {"BLOCK_G": 256, "BLOCK_C": 8, "num_warps": 8, "num_stages": 1},
-    {"BLOCK_G": 128, "BLOCK_C": 8, "num_warps": 4, "num_stages": 1},
+    {"BLOCK_G": 1024, "BLOCK_C": 4, "num_warps": 16, "num_stages": 1},
+    {"BLOCK_G": 256, "BLOCK_C": 4, "num_warps": 4, "num_stages": 1},
     {"BLOCK_G": 32, "BLOCK_C": 16, "num_warps": 4, "num_stages": 1},
 )
 CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
