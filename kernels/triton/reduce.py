@@ -1,10 +1,14 @@
-"""Adding up the parts of a weight gradient that the programs of one kernel leave behind."""
+"""Sharing rows among programs, and adding up the parts of a weight gradient that they leave behind."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mbv2.kernels.layout import wide
+
+# Programs in flight that keep the largest GPU busy, and as many as are worth the sums each of them ends with.
+FEWEST, MOST = 256, 1024
 _PARTS, _BLOCK = 32, 64
 
 
@@ -51,7 +55,19 @@ def sum_parts(parts: Tensor, like: Tensor) -> Tensor:
         size,
         PARTS=_PARTS,
         BLOCK=_BLOCK,
-        ACC=tl.float64 if parts.dtype == torch.float64 else tl.float32,
+        ACC=accumulator(parts.dtype),
         num_warps=4,
     )
     return out if straight else out.copy_(target)
+
+
+def row_programs(rows: int, block: int, most: int) -> int:
+    """How many programs, at most `most`, share ceil(rows / block) tiles with at most one tile more for some."""
+    tiles = triton.cdiv(rows, block)
+    each = triton.cdiv(tiles, max(1, min(most, tiles)))
+    return triton.cdiv(tiles, each)
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of the type that values of `dtype` are added up in."""
+    return tl.float64 if wide(dtype) == torch.float64 else tl.float32
