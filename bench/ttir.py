@@ -11,9 +11,9 @@ from functools import cache
 from math import prod
 from typing import Any, NamedTuple
 
-_ASSIGN = re.compile(r"^(%[\w#]+)(?::\d+)? = (.*)$")
-_FOR = re.compile(r"scf\.for %\w+ = (\S+) to (\S+) step (\S+)")
-_NAME = re.compile(r"^%[\w#]+$")
+_ASSIGN = re.compile(r"^(%[\w.#]+)(?::\d+)? = (.*)$")
+_FOR = re.compile(r"scf\.for %[\w.]+ = (\S+) to (\S+) step (\S+)")
+_NAME = re.compile(r"^%[\w.#]+$")
 _TENSOR = re.compile(r"tensor<([0-9x]+)x(!tt\.ptr<)?(\w+)>*")
 _DOT = re.compile(r"tensor<(\d+)x(\d+)x(\w+)[^>]*> \* tensor<(\d+)x(\d+)x\w+")
 _BITS = {"i1": 8, "i8": 8, "i16": 16, "f16": 16, "bf16": 16, "i32": 32, "f32": 32, "i64": 64, "f64": 64}
