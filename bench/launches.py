@@ -91,9 +91,13 @@ class Launch:
         return {**blocks, "num_warps": c.num_warps, "num_stages": c.num_stages}
 
     def uses(self, meta: dict[str, int]) -> bool:
-        """Whether `meta` is the tile it was launched with."""
-        mine = {**self.compiled.constants, **self.tile}
-        return all(mine.get(name) == value for name, value in meta.items())
+        """Whether it was launched with this tile; what a launcher makes of other parameters is its own business."""
+        mine = {**self.compiled.metadata._asdict(), **self.compiled.constants}
+        return all(
+            mine.get(name) == value
+            for name, value in meta.items()
+            if name.startswith("BLOCK_") or name in ("num_warps", "num_stages", "maxnreg")
+        )
 
     def on(self, arch: Architecture) -> "Launch":
         """The same machine code, judged by another architecture's limits and rates."""
@@ -223,7 +227,7 @@ def one_of_a_kind(seen: set[Any]) -> Iterator[None]:
     in them has the same divisors up to 16 and lies alike to each side of the tile (below it; a multiple of it).
     """
 
-    def known(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+    def known(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         names = fn.jit_function.arg_names
         constants = {names[path[0]]: value for path, value in compile["constants"].items()}
         kind = (
@@ -231,8 +235,7 @@ def one_of_a_kind(seen: set[Any]) -> Iterator[None]:
             tuple(compile["signature"].items()),
             str(compile["configs"]),
             tuple((name, _alike(name, value, constants)) for name, value in constants.items()),
-            compile["num_warps"],
-            compile["num_stages"],
+            key.rpartition("{")[2],  # num_warps, num_stages, maxnreg
         )
         if kind in seen:
             return True

@@ -29,10 +29,14 @@ ENTRIES = 6
 _SHAPES = 4
 # A further entry has to save this share of what one tile for all its sizes costs.
 _WORTH = 0.03
-_FAULTY = 100.0
+_FAULTY, IMPOSSIBLE = 1e2, 1e6
 _OF_BATCH = ("rows", "vectors", "images", "parts")
 # Kernels whose tile of rows may have any height.
-_ANY_ROWS = ("expand", "project", "pointwise_folded", "project_backward", "expand_backward")
+_ANY_ROWS = ("expand", "project", "pointwise_folded", "project_backward_input")
+# Kernels that have a way in several launches beside their own.
+_SPLITTING = ("project_backward", "expand_backward")
+# Sizes that one tile has to cover, by the tile's parameter that covers them.
+_COVERED = {"expand_backward": {"cin": "BLOCK_C"}}
 # Tensor-core code of these is so much alike that one is compiled for all, and all other code is alike everywhere; the
 # gate looks at what was chosen on every architecture afterwards.
 _COMPILED_AS = {86: 80, 89: 80, 120: 80}
@@ -55,7 +59,7 @@ def candidates() -> dict[str, tuple[Meta, ...]]:
         if module.name != "support":
             loaded = importlib.import_module(f"{package.__name__}.{module.name}")
             found.update(getattr(loaded, "CANDIDATES", {}))
-    return found
+    return {name: (*metas, {"SPLIT": 1}) if name in _SPLITTING else metas for name, metas in found.items()}
 
 
 def plan(kernel: str, arch: Architecture, itemsize: int) -> list[dict[str, Any]]:
@@ -63,8 +67,20 @@ def plan(kernel: str, arch: Architecture, itemsize: int) -> list[dict[str, Any]]
     metas = candidates()[kernel]
     if arch.number == 100 and kernel in _ANY_ROWS:
         metas = with_low_tiles(metas)
-    points = [Point(sizes, costs(kernel, call, metas, arch)) for sizes, call in shapes(kernel, arch, itemsize)]
-    return [{"bytes": itemsize, **entry} for entry in entries_of(points, metas)] if points else []
+    points = [Point(sizes, costs(kernel, sizes, call, metas, arch)) for sizes, call in shapes(kernel, arch, itemsize)]
+    return [{"bytes": itemsize, **within(kernel, entry)} for entry in entries_of(points, metas)] if points else []
+
+
+def covers(kernel: str, sizes: dict[str, int], meta: Meta) -> bool:
+    """Whether the tile computes all of these sizes."""
+    return all(sizes[size] <= meta.get(block, sizes[size]) for size, block in _COVERED.get(kernel, {}).items())
+
+
+def within(kernel: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry with bounds on the sizes its tile has to cover."""
+    tile = entry["tile"]
+    limits = {size: tile[block] for size, block in _COVERED.get(kernel, {}).items() if block in tile}
+    return {**entry, **{size: min(limit, entry.get(size, limit)) for size, limit in limits.items()}}
 
 
 def shapes(kernel: str, arch: Architecture, itemsize: int) -> list[tuple[dict[str, int], Call]]:
@@ -84,10 +100,15 @@ def shapes(kernel: str, arch: Architecture, itemsize: int) -> list[tuple[dict[st
     return [(dict(sizes), call) for sizes, call in found.items()]
 
 
-def costs(kernel: str, call: Call, metas: Iterable[Meta], arch: Architecture) -> tuple[float, ...]:
+def costs(
+    kernel: str, sizes: dict[str, int], call: Call, metas: Iterable[Meta], arch: Architecture
+) -> tuple[float, ...]:
     """Predicted time of `call` with each candidate, over that of the best; those not to be used cost far more."""
     seconds = []
     for meta in metas:
+        if not covers(kernel, sizes, meta):
+            seconds.append(float("inf"))
+            continue
         try:
             with tuning.forced(kernel, **meta):
                 found = _compiled(call, arch)
@@ -98,7 +119,7 @@ def costs(kernel: str, call: Call, metas: Iterable[Meta], arch: Architecture) ->
         total = sum(launch.seconds() for launch in found)
         seconds.append(total * _FAULTY if faulty else total)
     best = min(seconds)
-    return tuple(s / best if best < float("inf") else 1.0 for s in seconds)
+    return tuple(min(s / best, IMPOSSIBLE) if best < float("inf") else 1.0 for s in seconds)
 
 
 def _compiled(call: Call, arch: Architecture) -> list[launches.Launch]:

@@ -78,10 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="*", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--dtype", nargs="*", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--kernel", nargs="*", help="plan: these kernels only")
+    parser.add_argument("--bytes", type=int, nargs="*", default=[2, 4], help="plan: for these sizes of an activation")
     arguments = parser.parse_args(argv)
     archs = [ARCHITECTURES[number] for number in arguments.arch]
     if arguments.command == "plan":
-        _plan(arguments.kernel or sorted(planner.candidates()), archs)
+        _plan(arguments.kernel or sorted(planner.candidates()), archs, arguments.bytes)
         return 0
     if arguments.command == "report":
         _report(archs, arguments.dtype)
@@ -89,11 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _check(archs, arguments.dtype)
 
 
-def _plan(kernels: Iterable[str], archs: list[Architecture]) -> None:
+def _plan(kernels: Iterable[str], archs: list[Architecture], itemsizes: list[int]) -> None:
     for kernel in kernels:
         lists = {}
         for arch in archs:
-            lists[arch.name] = [entry for itemsize in (2, 4) for entry in planner.plan(kernel, arch, itemsize)]
+            lists[arch.name] = [entry for itemsize in itemsizes for entry in planner.plan(kernel, arch, itemsize)]
             print(f"{kernel} {arch.name}: {len(lists[arch.name])} entries", flush=True)
         planner.write(kernel, lists)
 

@@ -49,10 +49,13 @@ def measured(kernel: str, calls: Iterable[tuple[dict[str, int], Call]], device: 
     points = []
     for sizes, call in calls:
         args = [_filled(value, device) for value in call.args]
-        seconds = [_seconds(kernel, meta, call.stage, args) for meta in metas]
+        seconds = [
+            _seconds(kernel, meta, call.stage, args) if planner.covers(kernel, sizes, meta) else float("inf")
+            for meta in metas
+        ]
         best = min(seconds)
-        points.append(planner.Point(sizes, tuple(s / best for s in seconds)))
-    return planner.entries_of(points, metas) if points else []
+        points.append(planner.Point(sizes, tuple(min(s / best, planner.IMPOSSIBLE) for s in seconds)))
+    return [planner.within(kernel, entry) for entry in planner.entries_of(points, metas)] if points else []
 
 
 def write(folder: Path, kernel: str, entries: list[dict[str, Any]]) -> None:

@@ -164,7 +164,13 @@ def test_kernels_that_differ_in_sizes_only_are_compiled_once() -> None:
     with launches.compiled_only(80) as log, launches.one_of_a_kind(seen):
         for k in (96, 96, 160, 24):
             walk[(5,)](x, y, 1000, k, 5, K=k, BLOCK_M=64, BLOCK_K=16)
-    assert [entry.constants["K"] for entry in log] == [96, 96, 24]
+        walk[(5,)](x, y, 1000, 96, 5, K=96, BLOCK_M=64, BLOCK_K=16, maxnreg=128)
+    assert [(entry.constants["K"], entry.metadata.maxnreg) for entry in log] == [
+        (96, None),
+        (96, None),
+        (24, None),
+        (96, 128),
+    ]
 
 
 METAS = tuple({"BLOCK_M": 16 << i, "num_warps": 4} for i in range(4))
