@@ -161,7 +161,7 @@ def _note_real(block: Block, stages: Any) -> tuple[list[tuple[str, list[Launch]]
 
     def noted(kernel: str, *args: Any, **sizes: int) -> dict[str, int]:
         tiles[kernel] = choose(kernel, *args, **sizes)
-        return tiles[kernel]
+        return dict(tiles[kernel])  # launchers take theirs apart
 
     with compiled_only(ARCH), _launches(block, BATCH, block.side, run=False) as launches:
         watched = _Watched(stages, launches)
