@@ -26,7 +26,7 @@ from mbv2.kernels.triton import tuning
 
 TILES = Path(package.__file__).parent / "tiles"
 ENTRIES = 6
-_SHAPES = 4
+_SHAPES = 6
 # A further entry has to save this share of what one tile for all its sizes costs.
 _WORTH = 0.03
 _FAULTY, IMPOSSIBLE = 1e2, 1e6
@@ -46,7 +46,7 @@ Meta = dict[str, int]
 
 @dataclass(frozen=True)
 class Point:
-    """One shape of one kernel, and what each candidate costs there, in units of the cheapest."""
+    """One shape of one kernel, and what each candidate costs there: its time over the best one's, times a weight."""
 
     sizes: dict[str, int]
     costs: tuple[float, ...]
@@ -67,8 +67,19 @@ def plan(kernel: str, arch: Architecture, itemsize: int) -> list[dict[str, Any]]
     metas = candidates()[kernel]
     if arch.number == 100 and kernel in _ANY_ROWS:
         metas = with_low_tiles(metas)
-    points = [Point(sizes, costs(kernel, sizes, call, metas, arch)) for sizes, call in shapes(kernel, arch, itemsize)]
-    return [{"bytes": itemsize, **within(kernel, entry)} for entry in entries_of(points, metas)] if points else []
+    times = [(sizes, predicted(kernel, sizes, call, metas, arch)) for sizes, call in shapes(kernel, arch, itemsize)]
+    return [{"bytes": itemsize, **within(kernel, entry)} for entry in entries_of(points_of(times), metas)]
+
+
+def points_of(times: list[tuple[dict[str, int], list[float]]]) -> list[Point]:
+    """Costs from the seconds of each candidate, by shape: shapes that take long weigh more, as the root of it."""
+    bests = [min(seconds) for _, seconds in times]
+    longest = max((best for best in bests if best < float("inf")), default=1.0)
+    return [
+        Point(sizes, tuple(min(s / best, IMPOSSIBLE) * (best / longest) ** 0.5 for s in seconds))
+        for (sizes, seconds), best in zip(times, bests, strict=True)
+        if best < float("inf")
+    ]
 
 
 def covers(kernel: str, sizes: dict[str, int], meta: Meta) -> bool:
@@ -100,10 +111,8 @@ def shapes(kernel: str, arch: Architecture, itemsize: int) -> list[tuple[dict[st
     return [(dict(sizes), call) for sizes, call in found.items()]
 
 
-def costs(
-    kernel: str, sizes: dict[str, int], call: Call, metas: Iterable[Meta], arch: Architecture
-) -> tuple[float, ...]:
-    """Predicted time of `call` with each candidate, over that of the best; those not to be used cost far more."""
+def predicted(kernel: str, sizes: dict[str, int], call: Call, metas: Iterable[Meta], arch: Architecture) -> list[float]:
+    """Predicted time of `call` with each candidate; more where it breaks a rule, infinite where it cannot be used."""
     seconds = []
     for meta in metas:
         if not covers(kernel, sizes, meta):
@@ -118,8 +127,7 @@ def costs(
         faulty = any(launch.faults() for launch in found if launch.uses(meta))
         total = sum(launch.seconds() for launch in found)
         seconds.append(total * _FAULTY if faulty else total)
-    best = min(seconds)
-    return tuple(min(s / best, IMPOSSIBLE) if best < float("inf") else 1.0 for s in seconds)
+    return seconds
 
 
 def _compiled(call: Call, arch: Architecture) -> list[launches.Launch]:
@@ -143,6 +151,8 @@ def with_low_tiles(metas: tuple[Meta, ...]) -> tuple[Meta, ...]:
 
 def entries_of(points: list[Point], metas: tuple[Meta, ...]) -> list[dict[str, Any]]:
     """At most ENTRIES entries, first match wins, the last without a bound."""
+    if not points:
+        return []
     leaves: list[tuple[dict[str, int], list[Point]]] = [({}, points)]
     whole = _cost(points)
     while len(leaves) < ENTRIES:

@@ -46,16 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measured(kernel: str, calls: Iterable[tuple[dict[str, int], Call]], device: str) -> list[dict[str, Any]]:
     """A table's entries from timing every candidate of `kernel` in these calls, given with the sizes they name."""
     metas = planner.candidates()[kernel]
-    points = []
+    times = []
     for sizes, call in calls:
         args = [_filled(value, device) for value in call.args]
         seconds = [
             _seconds(kernel, meta, call.stage, args) if planner.covers(kernel, sizes, meta) else float("inf")
             for meta in metas
         ]
-        best = min(seconds)
-        points.append(planner.Point(sizes, tuple(min(s / best, planner.IMPOSSIBLE) for s in seconds)))
-    return [planner.within(kernel, entry) for entry in planner.entries_of(points, metas)] if points else []
+        times.append((sizes, seconds))
+    return [planner.within(kernel, entry) for entry in planner.entries_of(planner.points_of(times), metas)]
 
 
 def write(folder: Path, kernel: str, entries: list[dict[str, Any]]) -> None:
