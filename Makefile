@@ -2,7 +2,8 @@
 # still up to date. PYTHON is only used to create the environment.
 PYTHON ?= python3
 DATA ?=
-PYTEST_ARGS ?=
+# Files go to the workers whole, as their tests share fixtures and compiled kernels.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -14,7 +15,7 @@ PIP := $(PY) -m pip -qq --disable-pip-version-check --no-input
 help:
 	@echo "make quickstart              train, evaluate and run a small model on drawn pictures (2-3 minutes)"
 	@echo "make quickstart DATA=folder  the same on your pictures (folder/train/<class>/, folder/val/<class>/)"
-	@echo "make test                    all tests"
+	@echo "make test                    all tests, in two processes (PYTEST_ARGS='-m \"not slow\"' for the fast ones)"
 	@echo "make lint                    ruff"
 	@echo "make clean                   remove the environment and build products"
 
