@@ -13,7 +13,7 @@ from torch import Tensor
 from mbv2.kernels.layout import channels_last, new_channels_last
 from mbv2.kernels.triton import tuning
 from mbv2.kernels.triton.expand_backward_split import input_gradient, weight_gradient
-from mbv2.kernels.triton.reduce import FEWEST, MOST, accumulator, row_programs, sum_parts
+from mbv2.kernels.triton.reduce import accumulator, row_programs, sum_parts
 
 CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
     "expand_backward": (
@@ -138,9 +138,8 @@ def expand_backward(
         return dx, weight_gradient(dz1, y1, coef1, weight, x) if need_weight else None
 
     dx = new_channels_last(x, x.shape) if need_input else None
-    # Partial weight gradients are to stay below a tenth of the traffic, unless that leaves the GPU idle.
-    limit = rows * (hidden + inputs) * 2 * x.element_size() // (10 * hidden * inputs * 4) if need_weight else MOST
-    parts = row_programs(rows, tile["BLOCK_M"], min(MOST, max(limit, FEWEST)))
+    traffic = rows * (hidden + inputs) * 2 * x.element_size()
+    parts = row_programs(rows, tile, 1, traffic, hidden * inputs * 4 if need_weight else 0)
     dw = coef1.new_empty((parts, hidden, inputs)) if need_weight else None
     expand_backward_kernel[(parts,)](
         dz1,

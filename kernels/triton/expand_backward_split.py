@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mbv2.kernels.layout import new_channels_last
 from mbv2.kernels.triton import tuning
-from mbv2.kernels.triton.reduce import FEWEST, MOST, accumulator, row_programs, sum_parts
+from mbv2.kernels.triton.reduce import accumulator, channel_groups, row_programs, sum_parts
 
 CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
     "expand_backward_input": (
@@ -164,7 +164,7 @@ def input_gradient(
     rows = x.numel() // inputs
     dx = new_channels_last(x, x.shape)
     tile = tuning.tile("expand_backward_input", x.dtype, hidden=hidden, cin=inputs)
-    groups, chunks = _groups(inputs, tile)
+    groups, chunks = channel_groups(inputs, tile["BLOCK_C"], tile["CHUNKS"])
     expand_backward_input_kernel[(groups * triton.cdiv(rows, tile["BLOCK_M"]),)](
         dz1,
         y1,
@@ -193,11 +193,10 @@ def weight_gradient(dz1: Tensor, y1: Tensor, coef1: Tensor, weight: Tensor, x: T
     hidden, inputs = weight.shape[:2]
     rows = x.numel() // inputs
     tile = tuning.tile("expand_backward_weight", x.dtype, hidden=hidden, cin=inputs)
-    groups, chunks = _groups(inputs, tile)
+    groups, chunks = channel_groups(inputs, tile["BLOCK_C"], tile["CHUNKS"])
     columns = triton.cdiv(hidden, tile["BLOCK_H"])
-    limit = rows * (2 * hidden + inputs) * x.element_size() // (10 * hidden * inputs * 4)
-    most = min(MOST // (groups * columns), max(limit, FEWEST // (groups * columns)))
-    parts = row_programs(rows, tile["BLOCK_M"], most)
+    traffic = rows * (2 * hidden + inputs) * x.element_size()
+    parts = row_programs(rows, tile, groups * columns, traffic, hidden * inputs * 4)
     dw = coef1.new_empty((parts, hidden, inputs))
     expand_backward_weight_kernel[(groups, columns, parts)](
         dz1,
@@ -218,9 +217,3 @@ def weight_gradient(dz1: Tensor, y1: Tensor, coef1: Tensor, weight: Tensor, x: T
         **{**tile, "CHUNKS": chunks},
     )
     return sum_parts(dw, weight)
-
-
-def _groups(inputs: int, tile: dict[str, int]) -> tuple[int, int]:
-    """Input channels in as few groups as the tile's CHUNKS allow, and the chunks each of them needs."""
-    groups = triton.cdiv(inputs, tile["BLOCK_C"] * tile["CHUNKS"])
-    return groups, triton.cdiv(triton.cdiv(inputs, groups), tile["BLOCK_C"])

@@ -14,7 +14,7 @@ from torch import Tensor
 from mbv2.kernels.layout import MEAN, SCALE, SHIFT, channels_last, new_channels_last
 from mbv2.kernels.triton import tuning
 from mbv2.kernels.triton.project_backward_split import input_gradient, output_gradient, weight_gradient
-from mbv2.kernels.triton.reduce import FEWEST, MOST, accumulator, row_programs, sum_parts
+from mbv2.kernels.triton.reduce import accumulator, row_programs, sum_parts
 
 CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
     "project_backward": (
@@ -166,10 +166,8 @@ def project_backward(
         return dz2, sums, weight_gradient(grad, weight, y2, bn2) if need_weight else None
 
     columns = triton.cdiv(hidden, tile["BLOCK_N"])
-    # Partial weight gradients are to stay below a tenth of the traffic, unless that leaves the GPU idle.
-    limit = rows * (hidden + outputs) * 2 * y2.element_size() // (10 * hidden * outputs * 4) if need_weight else MOST
-    most = min(MOST // columns, max(limit, FEWEST // columns))
-    parts = row_programs(rows, tile["BLOCK_M"], most)
+    traffic = rows * (hidden + outputs) * 2 * y2.element_size()
+    parts = row_programs(rows, tile, columns, traffic, hidden * outputs * 4 if need_weight else 0)
     sums = bn2.new_empty((parts, 2, hidden)) if need_input else None
     dw = bn2.new_empty((parts, outputs, hidden)) if need_weight else None
     project_backward_kernel[(columns, parts)](

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mbv2.kernels.layout import MEAN, SCALE, SHIFT, new_channels_last
 from mbv2.kernels.triton import tuning
-from mbv2.kernels.triton.reduce import FEWEST, MOST, accumulator, row_programs, sum_parts
+from mbv2.kernels.triton.reduce import accumulator, channel_groups, row_programs, sum_parts
 
 CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
     "project_backward_affine": (
@@ -211,7 +211,7 @@ def input_gradient(dy3: Tensor, weight: Tensor, y2: Tensor, bn2: Tensor, dz2: Te
     rows = y2.numel() // hidden
     tile = tuning.tile("project_backward_input", y2.dtype, cout=outputs, hidden=hidden)
     columns = triton.cdiv(hidden, tile["BLOCK_N"])
-    parts = row_programs(rows, tile["BLOCK_M"], MOST // columns)
+    parts = row_programs(rows, tile, columns)
     sums = bn2.new_empty((parts, 2, hidden))
     project_backward_input_kernel[(columns, parts)](
         dy3,
@@ -240,14 +240,12 @@ def weight_gradient(dy3: Tensor, weight: Tensor, y2: Tensor, bn2: Tensor) -> Ten
     outputs, hidden = weight.shape[:2]
     rows = y2.numel() // hidden
     tile = tuning.tile("project_backward_weight", y2.dtype, cout=outputs, hidden=hidden)
-    # More chunks than these do not fit into registers.
-    groups = triton.cdiv(outputs, tile["BLOCK_O"] * tile.pop("CHUNKS"))
-    chunks = triton.cdiv(triton.cdiv(outputs, groups), tile["BLOCK_O"])
-    tiles = groups * triton.cdiv(hidden, tile["BLOCK_N"])
-    limit = rows * (hidden + outputs) * y2.element_size() // (10 * hidden * outputs * 4)
-    parts = row_programs(rows, tile["BLOCK_M"], min(MOST // tiles, max(limit, FEWEST // tiles)))
+    groups, chunks = channel_groups(outputs, tile["BLOCK_O"], tile["CHUNKS"])
+    columns = triton.cdiv(hidden, tile["BLOCK_N"])
+    traffic = rows * (hidden + outputs) * y2.element_size()
+    parts = row_programs(rows, tile, groups * columns, traffic, hidden * outputs * 4)
     dw = bn2.new_empty((parts, outputs, hidden))
-    project_backward_weight_kernel[(groups, triton.cdiv(hidden, tile["BLOCK_N"]), parts)](
+    project_backward_weight_kernel[(groups, columns, parts)](
         dy3,
         y2,
         bn2,
@@ -257,12 +255,11 @@ def weight_gradient(dy3: Tensor, weight: Tensor, y2: Tensor, bn2: Tensor) -> Ten
         outputs,
         EVEN_N=hidden % tile["BLOCK_N"] == 0,
         EVEN_O=outputs == groups * chunks * tile["BLOCK_O"],
-        CHUNKS=chunks,
         STAGES=tile["num_stages"],
         HIDDEN_ALIGN=math.gcd(hidden, 16),
         OUTPUT_ALIGN=math.gcd(outputs, 16),
         ACC=accumulator(y2.dtype),
         PRECISION=tuning.dot_precision(y2.dtype),
-        **tile,
+        **{**tile, "CHUNKS": chunks},
     )
     return sum_parts(dw, weight)

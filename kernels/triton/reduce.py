@@ -7,9 +7,9 @@ from torch import Tensor
 
 from mbv2.kernels.layout import wide
 
-# Programs in flight that keep the largest GPU busy, and as many as are worth the sums each of them ends with.
-FEWEST, MOST = 256, 1024
-_PARTS, _BLOCK = 32, 64
+# Warps that keep a large GPU busy, and programs beyond which what each of them leaves behind outweighs balance.
+_BUSY, _MOST = 1024, 1024
+_TILE, _WIDEST, _PROGRAMS = 2048, 64, 256
 
 
 @triton.jit(do_not_specialize=["parts_count"])
@@ -48,26 +48,50 @@ def sum_parts(parts: Tensor, like: Tensor) -> Tensor:
     straight = out.is_contiguous()
     target = out if straight else torch.empty(like.shape, dtype=like.dtype, device=like.device)
     size = like.numel()
-    sum_parts_kernel[(triton.cdiv(size, _BLOCK),)](
+    # A small weight is cut finely, or few programs would add up many parts one after the other.
+    block = min(_WIDEST, max(8, triton.next_power_of_2(size // _PROGRAMS)))
+    sum_parts_kernel[(triton.cdiv(size, block),)](
         parts,
         target,
         parts.shape[0],
         size,
-        PARTS=_PARTS,
-        BLOCK=_BLOCK,
+        PARTS=_TILE // block,
+        BLOCK=block,
         ACC=accumulator(parts.dtype),
         num_warps=4,
     )
     return out if straight else out.copy_(target)
 
 
-def row_programs(rows: int, block: int, most: int) -> int:
-    """How many programs, at most `most`, share ceil(rows / block) tiles with at most one tile more for some."""
-    tiles = triton.cdiv(rows, block)
-    each = triton.cdiv(tiles, max(1, min(most, tiles)))
+def row_programs(rows: int, tile: dict[str, int], others: int, traffic: int = 0, part: int = 0) -> int:
+    """How many programs share the rows.
+
+    Args:
+        rows: there are.
+        tile: BLOCK_M and num_warps of the kernel.
+        others: programs that work on the same rows.
+        traffic: bytes the kernel moves.
+        part: bytes each of the programs leaves to be added up; they stay below a tenth of the traffic where that does
+            not leave the GPU idle.
+
+    Returns:
+        A number that depends on nothing else, so that equal shapes give equal bits; each gets equally many tiles, or
+        one less.
+    """
+    tiles = triton.cdiv(rows, tile["BLOCK_M"])
+    most = _MOST // others
+    if part:
+        most = min(most, max(traffic // (10 * part), _BUSY // (others * tile["num_warps"])))
+    each = triton.cdiv(tiles, max(1, most))
     return triton.cdiv(tiles, each)
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
     """Triton's name of the type that values of `dtype` are added up in."""
     return tl.float64 if wide(dtype) == torch.float64 else tl.float32
+
+
+def channel_groups(channels: int, block: int, most: int) -> tuple[int, int]:
+    """In how few groups of at most `most` tiles of `block` the channels go, and the tiles each of them needs."""
+    groups = triton.cdiv(channels, block * most)
+    return groups, triton.cdiv(triton.cdiv(channels, groups), block)
