@@ -2,11 +2,13 @@
 
 It knows blocks and tensors, not models, files or command lines. `stem`, `inverted_residual` and `head` take
 the input in any strides (channels_last is the one that needs no copy), the stages' weights and BatchNorms as
-`ConvBN`, and return channels_last tensors. Which backend runs them: `backend`, `MBV2_BACKEND`, `report`.
+`ConvBN`, and return channels_last tensors. Which backend runs them: `backend`, `MBV2_BACKEND`, `report`. `staged`
+has the steps of a block one by one.
 """
 
+from mbv2.kernels import staged
 from mbv2.kernels.dispatch import BackendError, backend, report
 from mbv2.kernels.ops import head, inverted_residual, stem
 from mbv2.kernels.stages import BatchNorm, ConvBN
 
-__all__ = ["BackendError", "BatchNorm", "ConvBN", "backend", "head", "inverted_residual", "report", "stem"]
+__all__ = ["BackendError", "BatchNorm", "ConvBN", "backend", "head", "inverted_residual", "report", "staged", "stem"]

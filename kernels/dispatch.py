@@ -93,7 +93,6 @@ def choose(operator: str, x: Tensor, dtype: torch.dtype | None = None) -> str:
     return "aten" if x.numel() == 0 else _choose(operator, x.device, dtype or x.dtype)
 
 
-@torch.compiler.assume_constant_result
 def _choose(operator: str, device: torch.device, dtype: torch.dtype) -> str:
     asked = _asked or os.environ.get("MBV2_BACKEND", "auto")
     if asked != "auto":
@@ -109,6 +108,10 @@ def _choose(operator: str, device: torch.device, dtype: torch.dtype) -> str:
         if device.type == "cuda":
             _say_once(f"mbv2: {operator} does not run through {name!r} ({reason}); a slower backend takes over")
     raise AssertionError("the aten backend refuses nothing")
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler, which takes seconds.
+_choose._dynamo_marked_constant = True
 
 
 def stages_for(operator: str, x: Tensor) -> Stages:

@@ -88,7 +88,14 @@ def _cast(x: Tensor, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
     for weight in weights:
         if weight is not None and weight.dtype != x.dtype:
             raise ValueError(f"input is {x.dtype} but a weight is {weight.dtype}; cast one, or use torch.autocast")
-    return channels_last(x), *weights
+    return channels_last(x), *(None if w is None else _dense(w) for w in weights)
+
+
+def _dense(weight: Tensor) -> Tensor:
+    """Kernels read a weight's memory in order; in either of torch's layouts it has no holes."""
+    if weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last):
+        return weight
+    return weight.contiguous()
 
 
 def _differentiable(x: Tensor, *convs: ConvBN | None) -> bool:

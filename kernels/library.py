@@ -16,11 +16,12 @@ from mbv2.kernels import block
 from mbv2.kernels.block import Norm
 from mbv2.kernels.dispatch import stages_for
 from mbv2.kernels.layout import new_channels_last, wide
+from mbv2.kernels.registration import operator
 
 # --- inverted residual, training -------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("mbv2::inverted_residual_train", mutates_args=())
+@operator
 def inverted_residual_train(
     x: Tensor,
     w1: Tensor | None,
@@ -81,7 +82,7 @@ def _(x, w1, g1, b1, m1, v1, eps1, wd, g2, b2, m2, v2, eps2, w3, g3, b3, m3, v3,
     return torch.empty_like(y3), y1, y2, y3, bn1, _new_bn(x, hidden), _new_bn(x, out)
 
 
-@torch.library.custom_op("mbv2::inverted_residual_train_backward", mutates_args=())
+@operator
 def inverted_residual_train_backward(
     grad: Tensor,
     x: Tensor,
@@ -162,7 +163,7 @@ inverted_residual_train.register_autograd(_block_gradients, setup_context=_save_
 # --- stem and head, training -----------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("mbv2::stem_train", mutates_args=())
+@operator
 def stem_train(
     x: Tensor,
     weight: Tensor,
@@ -186,7 +187,7 @@ def _(x, weight, gamma, beta, mean, var, eps, stride, group):
     return torch.empty_like(y), y, _new_bn(x, weight.shape[0])
 
 
-@torch.library.custom_op("mbv2::stem_train_backward", mutates_args=())
+@operator
 def stem_train_backward(
     grad: Tensor,
     x: Tensor,
@@ -223,7 +224,7 @@ def _stem_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...
 stem_train.register_autograd(_stem_gradients, setup_context=_save_stem)
 
 
-@torch.library.custom_op("mbv2::head_train", mutates_args=())
+@operator
 def head_train(
     x: Tensor,
     weight: Tensor,
@@ -245,7 +246,7 @@ def _(x, weight, gamma, beta, mean, var, eps, group):
     return x.new_empty(n, out), new_channels_last(x, (n, out, h, w)), _new_bn(x, out)
 
 
-@torch.library.custom_op("mbv2::head_train_backward", mutates_args=())
+@operator
 def head_train_backward(
     grad: Tensor,
     x: Tensor,

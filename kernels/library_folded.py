@@ -13,9 +13,10 @@ from torch import Tensor
 from mbv2.kernels import aten
 from mbv2.kernels.dispatch import stages_for
 from mbv2.kernels.layout import channels_last, new_channels_last
+from mbv2.kernels.registration import operator
 
 
-@torch.library.custom_op("mbv2::inverted_residual", mutates_args=())
+@operator
 def inverted_residual(
     x: Tensor,
     w1: Tensor | None,
@@ -38,7 +39,7 @@ def _(x, w1, b1, wd, bd, w3, b3, stride, residual):
     return new_channels_last(x, (n, w3.shape[0], (h - 1) // stride + 1, (w - 1) // stride + 1))
 
 
-@torch.library.custom_op("mbv2::stem_folded", mutates_args=())
+@operator
 def stem_folded(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
     """relu6(conv3x3(x) + bias)."""
     return stages_for("stem_folded", x).stem_folded(channels_last(x), weight, bias, stride)
@@ -50,7 +51,7 @@ def _(x, weight, bias, stride):
     return new_channels_last(x, (n, weight.shape[0], (h - 1) // stride + 1, (w - 1) // stride + 1))
 
 
-@torch.library.custom_op("mbv2::head_folded", mutates_args=())
+@operator
 def head_folded(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Mean over H and W of relu6(conv1x1(x) + bias), [N, out]."""
     return stages_for("head_folded", x).head_folded(channels_last(x), weight, bias)

@@ -25,7 +25,8 @@ from torch import Tensor
 from mbv2.kernels import staged_backward as backward
 from mbv2.kernels.dispatch import Stages, stages_for
 from mbv2.kernels.layout import SCALE, SHIFT, VAR, channels_last, new_channels_last, wide
-from mbv2.kernels.staged_backward import affine_bn, operator
+from mbv2.kernels.registration import operator
+from mbv2.kernels.staged_backward import affine_bn
 
 _Three = tuple[Tensor, Tensor, Tensor]
 

@@ -3,7 +3,6 @@
 They take and return tensors as the forward halves do. A result nobody asked for is an empty tensor of size [0].
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,22 +11,7 @@ from torch import Tensor
 
 from mbv2.kernels.dispatch import Stages, stages_for
 from mbv2.kernels.layout import SCALE, channels_last, new_channels_last, wide
-
-
-def operator(function: Callable[..., Any]) -> torch.library.CustomOpDef:
-    """Register `function` as the operator mbv2::<its name>; its first argument is a tensor and mutates nothing.
-
-    Autocast does not reach inside: results have the types of the arguments, whatever the caller's context is.
-    """
-
-    @functools.wraps(function)
-    def run(*args: Any) -> Any:
-        with torch.autocast(args[0].device.type, enabled=False), torch.cuda.device_of(args[0]):
-            return function(*args)
-
-    # Weight gradients are laid out like the weight, so a compiler must hand over the strides it traced with.
-    tags = (torch.Tag.needs_exact_strides,)
-    return torch.library.custom_op(f"mbv2::{function.__name__}", run, mutates_args=(), tags=tags)
+from mbv2.kernels.registration import operator
 
 
 def affine_bn(scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,8 @@
 """Choice of backend: asked for, disabled, refused, failing its first-use check; what is counted and what is said."""
 
 import inspect
+import subprocess
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -142,6 +144,23 @@ def test_each_stage_is_checked_once(other: SimpleNamespace, monkeypatch: pytest.
     once = other.calls["expand"]
     run()
     assert other.calls["expand"] == once + 1
+
+
+def test_a_block_compiles_into_one_graph_whichever_backend_is_chosen(other: SimpleNamespace) -> None:
+    block = InvertedResidual(8, 8, 1, 6).train()
+    x = torch.randn(2, 8, 4, 4)
+    for name in ("cuda", "aten"):
+        torch._dynamo.reset()
+        with kernels.backend(name):
+            out = torch.compile(block, fullgraph=True, backend="aot_eager")(x)
+            torch.testing.assert_close(out, block(x))
+    assert other.calls["expand"] >= 1
+
+
+def test_importing_the_operators_imports_neither_triton_nor_the_compiler() -> None:
+    code = "import sys, mbv2.kernels; print([m for m in ('triton', 'torch._dynamo') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_an_empty_batch_runs_in_plain_torch(other: SimpleNamespace) -> None:

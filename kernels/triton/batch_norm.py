@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mbv2.kernels import layout
 from mbv2.kernels.triton import tuning
+from mbv2.kernels.triton.arithmetic import chan_merge, divide, relu6
 
 MEAN = tl.constexpr(layout.MEAN)
 RSTD = tl.constexpr(layout.RSTD)
@@ -46,28 +47,6 @@ CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
     ),
     "bn_backward": _PARTS_TILES,
 }
-
-
-@triton.jit
-def relu6(z):
-    """min(max(z, 0), 6), NaN where z is, as torch's."""
-    z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(z, 6.0, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def divide(a, b):
-    """a / b to the nearest; a plain division is approximate in float32."""
-    return a / b if b.dtype == tl.float64 else tl.div_rn(a, b)
-
-
-@triton.jit
-def chan_merge(count, mean, m2, new_count, new_mean, new_m2):
-    """(count, mean, M2) of two groups of values together; a group of none changes nothing."""
-    total = count + new_count
-    share = tl.where(new_count > 0, divide(new_count, tl.maximum(total, 1.0)), 0.0)
-    delta = new_mean - mean
-    return total, mean + delta * share, m2 + new_m2 + delta * delta * count * share
 
 
 @triton.jit
@@ -213,7 +192,7 @@ def bn_apply_kernel(
     shift = tl.load(bn_ptr + SHIFT * channels + offs_c)
     z = tl.load(y_ptr + offs, mask=mask, other=0.0).to(dtype) * scale + shift
     if RELU6:
-        z = relu6(z)
+        z = relu6(z, 6.0)
     if residual_ptr is not None:
         z += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(dtype)
     tl.store(out_ptr + offs, z.to(out_ptr.dtype.element_ty), mask=mask)

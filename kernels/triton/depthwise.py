@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mbv2.kernels import layout
 from mbv2.kernels.triton import tuning
+from mbv2.kernels.triton.arithmetic import relu6
 
 SCALE = tl.constexpr(layout.SCALE)
 SHIFT = tl.constexpr(layout.SHIFT)
@@ -42,13 +43,6 @@ CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
 
 
 # --- kernels -------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def relu6(z, cap):
-    """min(max(z, 0), cap), NaN where z is NaN; cap 0 makes a position outside the image a zero."""
-    z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(z, cap, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -105,7 +99,7 @@ def _load_row(ptrs, first, width, mask_c, bn, C: tl.constexpr, COUNT: tl.constex
 
 
 @triton.jit
-def _add_taps(sums, row, taps, KH: tl.constexpr, STRIDE: tl.constexpr, COLS: tl.constexpr):
+def add_taps(sums, row, taps, KH: tl.constexpr, STRIDE: tl.constexpr, COLS: tl.constexpr):
     """sums + the kernel's row KH over an input row, one entry an output column."""
     added = ()
     for j in tl.static_range(COLS):
@@ -186,12 +180,12 @@ def _depthwise_kernel(
         row = _load_row(x_ptrs, first, w, mask_load_c, bn, C, WIDE, EXACT, ACC)
     else:
         row = zero_columns(WIDE, BLOCK_P, BLOCK_C, ACC)
-    upper = _add_taps(zero_columns(COLS, BLOCK_P, BLOCK_C, ACC), row, taps, 0, STRIDE, COLS)
+    upper = add_taps(zero_columns(COLS, BLOCK_P, BLOCK_C, ACC), row, taps, 0, STRIDE, COLS)
     x_ptrs += x_step
     if STRIDE == 1:
         row = _load_row(x_ptrs, first, w, mask_load_c, bn, C, WIDE, EXACT, ACC)
-        upper = _add_taps(upper, row, taps, 1, STRIDE, COLS)
-        lower = _add_taps(zero_columns(COLS, BLOCK_P, BLOCK_C, ACC), row, taps, 0, STRIDE, COLS)
+        upper = add_taps(upper, row, taps, 1, STRIDE, COLS)
+        lower = add_taps(zero_columns(COLS, BLOCK_P, BLOCK_C, ACC), row, taps, 0, STRIDE, COLS)
         x_ptrs += x_step
 
     if bias_ptr is not None:
@@ -202,19 +196,19 @@ def _depthwise_kernel(
     for oh in range(top, bottom):
         if STRIDE == 2:
             row = _load_row(x_ptrs, first, w, mask_load_c, bn, C, WIDE, EXACT, ACC)
-            upper = _add_taps(upper, row, taps, 1, STRIDE, COLS)
+            upper = add_taps(upper, row, taps, 1, STRIDE, COLS)
             x_ptrs += x_step
         if oh * STRIDE + 1 < h:
             row = _load_row(x_ptrs, first, w, mask_load_c, bn, C, WIDE, EXACT, ACC)
         else:
             row = zero_columns(WIDE, BLOCK_P, BLOCK_C, ACC)
         x_ptrs += x_step
-        done = _add_taps(upper, row, taps, 2, STRIDE, COLS)
+        done = add_taps(upper, row, taps, 2, STRIDE, COLS)
         if STRIDE == 1:
-            upper = _add_taps(lower, row, taps, 1, STRIDE, COLS)
-            lower = _add_taps(zero_columns(COLS, BLOCK_P, BLOCK_C, ACC), row, taps, 0, STRIDE, COLS)
+            upper = add_taps(lower, row, taps, 1, STRIDE, COLS)
+            lower = add_taps(zero_columns(COLS, BLOCK_P, BLOCK_C, ACC), row, taps, 0, STRIDE, COLS)
         else:
-            upper = _add_taps(zero_columns(COLS, BLOCK_P, BLOCK_C, ACC), row, taps, 0, STRIDE, COLS)
+            upper = add_taps(zero_columns(COLS, BLOCK_P, BLOCK_C, ACC), row, taps, 0, STRIDE, COLS)
         for j in tl.static_range(COLS):
             value = done[j]
             if bias_ptr is not None:

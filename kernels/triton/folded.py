@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mbv2.kernels.layout import new_channels_last
 from mbv2.kernels.triton import tuning
-from mbv2.kernels.triton.depthwise import _add_taps, depthwise_folded, load_taps, relu6, zero_columns
-from mbv2.kernels.triton.pointwise import arithmetic, pointwise_folded
+from mbv2.kernels.triton.arithmetic import arithmetic, relu6
+from mbv2.kernels.triton.depthwise import add_taps, depthwise_folded, load_taps, zero_columns
+from mbv2.kernels.triton.pointwise import pointwise_folded
 
 CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
     "expand_depthwise_folded": (
@@ -138,17 +139,17 @@ def expand_depthwise_folded_kernel(
         if STRIDE == 2:
             inside = (oh >= 0) & (oh * 2 < h)
             row = _expanded_row(x_ptrs, w1_ptr, w1, b1, offs_c, first, w, inside, K, C, WIDE, BLOCK_K, PRECISION, ACC)
-            upper = _add_taps(upper, row, taps, 1, STRIDE, COLS)
+            upper = add_taps(upper, row, taps, 1, STRIDE, COLS)
             x_ptrs += w * K
         inside = (oh * STRIDE + 1 >= 0) & (oh * STRIDE + 1 < h)
         row = _expanded_row(x_ptrs, w1_ptr, w1, b1, offs_c, first, w, inside, K, C, WIDE, BLOCK_K, PRECISION, ACC)
         x_ptrs += w * K
-        done = _add_taps(upper, row, taps, 2, STRIDE, COLS)
+        done = add_taps(upper, row, taps, 2, STRIDE, COLS)
         if STRIDE == 1:
-            upper = _add_taps(lower, row, taps, 1, STRIDE, COLS)
-            lower = _add_taps(zero_columns(COLS, BLOCK_P, BLOCK_C, ACC), row, taps, 0, STRIDE, COLS)
+            upper = add_taps(lower, row, taps, 1, STRIDE, COLS)
+            lower = add_taps(zero_columns(COLS, BLOCK_P, BLOCK_C, ACC), row, taps, 0, STRIDE, COLS)
         else:
-            upper = _add_taps(zero_columns(COLS, BLOCK_P, BLOCK_C, ACC), row, taps, 0, STRIDE, COLS)
+            upper = add_taps(zero_columns(COLS, BLOCK_P, BLOCK_C, ACC), row, taps, 0, STRIDE, COLS)
         for j in tl.static_range(COLS):
             y = relu6(done[j] + bd, 6.0).to(y_ptr.dtype.element_ty)
             tl.store(y_ptrs + j * C, y, mask & (column + j < wo) & (oh >= top))

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from mbv2.kernels import layout
 from mbv2.kernels.triton import tuning
-from mbv2.kernels.triton.batch_norm import MEAN, PROGRAMS, SCALE, SHIFT, relu6
+from mbv2.kernels.triton.arithmetic import relu6
+from mbv2.kernels.triton.batch_norm import MEAN, PROGRAMS, SCALE, SHIFT
 
 CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
     "bn_relu6_pool": (
@@ -56,7 +57,7 @@ def bn_relu6_pool_kernel(
         inside = (offs_m < positions)[:, None]
         offs = offs_m[:, None] * CHANNELS + offs_c[None, :]
         y = tl.load(y_ptr + offs, mask=inside & mask_c[None, :], other=0.0).to(dtype)
-        total += tl.where(inside, relu6(y * scale + shift), 0.0)
+        total += tl.where(inside, relu6(y * scale + shift, 6.0), 0.0)
     mean = tl.sum(total, 0) / positions
     tl.store(out_ptr + image.to(tl.int64) * CHANNELS + offs_c, mean.to(out_ptr.dtype.element_ty), mask=mask_c)
 
@@ -152,7 +153,7 @@ def head_folded_kernel(
                 weight_ptr + offs_n[None, :] * CIN + offs_k[:, None], mask=mask_k[:, None] & mask_n[None, :], other=0.0
             )
             acc = tl.dot(x, weight, acc, input_precision=PRECISION, out_dtype=acc_type)
-        activated = tl.where((place < positions)[:, None], relu6(acc + bias), 0.0)
+        activated = tl.where((place < positions)[:, None], relu6(acc + bias, 6.0), 0.0)
         pooled += tl.sum(tl.reshape(activated, (IMAGES, BLOCK_M, BLOCK_N)), 1)
     out_image = first_image + tl.arange(0, IMAGES)
     out = out_ptr + out_image.to(tl.int64)[:, None] * COUT + offs_n[None, :]

@@ -5,14 +5,13 @@ over tiles of rows. Channel counts are compile-time constants: every network's a
 tells the compiler so (rows of 24 half-precision channels are then moved 16 bytes at a time).
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mbv2.kernels.layout import SCALE, SHIFT, new_channels_last, wide
 from mbv2.kernels.triton import tuning
-from mbv2.kernels.triton.depthwise import relu6
+from mbv2.kernels.triton.arithmetic import arithmetic, relu6
 
 # Programs of a launch with statistics: about five waves on the largest GPUs, and few enough that the moments stay
 # small against the activations. A constant, so that equal shapes add up in equal order on every GPU.
@@ -322,9 +321,3 @@ def _split(rows: int, channels: int, meta: dict[str, int]) -> tuple[int, int]:
     m_tiles, n_tiles = triton.cdiv(rows, meta["BLOCK_M"]), triton.cdiv(channels, meta["BLOCK_N"])
     parts = triton.cdiv(m_tiles, triton.cdiv(m_tiles * n_tiles, PROGRAMS))
     return parts, parts * n_tiles
-
-
-def arithmetic(dtype: torch.dtype) -> dict[str, object]:
-    """The constants PRECISION and ACC of a kernel for activations of `dtype`."""
-    accumulator = tl.float64 if dtype == torch.float64 else tl.float32
-    return {"PRECISION": tuning.dot_precision(dtype), "ACC": accumulator}

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mbv2.kernels import aten, layout
 from mbv2.kernels.triton import tuning
-from mbv2.kernels.triton.batch_norm import SCALE, SHIFT, chan_merge, divide, relu6
+from mbv2.kernels.triton.arithmetic import chan_merge, divide, relu6
+from mbv2.kernels.triton.batch_norm import SCALE, SHIFT
 from mbv2.kernels.triton.reduce import sum_parts
 
 # Programs of a launch that walks over positions: a few waves on the largest GPUs, whatever the GPU, so that equal
@@ -195,7 +196,7 @@ def stem_folded_kernel(
             CIN, COUT, STRIDE, BLOCK_K, PRECISION, acc_type,
         )  # fmt: skip
         offs = offs_m.to(tl.int64)[:, None] * COUT + offs_n[None, :]
-        out = relu6(acc + bias).to(out_ptr.dtype.element_ty)
+        out = relu6(acc + bias, 6.0).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + offs, out, mask=mask_m[:, None] & mask_n[None, :])
 
 
