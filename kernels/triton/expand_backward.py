@@ -75,7 +75,7 @@ def expand_backward_kernel(
     for _ in tl.static_range(CHUNKS - 1):
         dw = dw + (tl.zeros((BLOCK_H, BLOCK_C), ACC),)
     for tile in tl.range(part, tl.cdiv(rows, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
-        row = tile.to(tl.int64) * BLOCK_M
+        row = tl.cast(tile, tl.int64) * BLOCK_M
         mask_m = (offs_m < rows - row)[:, None]
         mask_mc = mask_m if EVEN_C else mask_m & mask_c
         if NEED_WEIGHT:

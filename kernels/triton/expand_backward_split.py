@@ -137,7 +137,7 @@ def expand_backward_weight_kernel(
     for _ in tl.static_range(CHUNKS - 1):
         dw = dw + (tl.zeros((BLOCK_H, BLOCK_C), ACC),)
     for tile in tl.range(part, tl.cdiv(rows, BLOCK_M), tl.num_programs(2), num_stages=STAGES):
-        row = tile.to(tl.int64) * BLOCK_M
+        row = tl.cast(tile, tl.int64) * BLOCK_M
         mask_m = (offs_m < rows - row)[:, None]
         mask = mask_m if EVEN_H else mask_m & mask_h[None, :]
         dz = tl.load(dz_ptr + row * hidden + tile_h, mask=mask, other=0.0).to(ACC)

@@ -93,7 +93,7 @@ def project_backward_kernel(
     for _ in tl.static_range(CHUNKS - 1):
         dw = dw + (tl.zeros((BLOCK_N, BLOCK_O), ACC),)
     for tile in tl.range(part, tl.cdiv(rows, BLOCK_M), tl.num_programs(1), num_stages=STAGES):
-        row = tile.to(tl.int64) * BLOCK_M
+        row = tl.cast(tile, tl.int64) * BLOCK_M
         mask_m = (offs_m < rows - row)[:, None]
         mask = mask_m if EVEN_N else mask_m & mask_n[None, :]
         y2 = tl.load(y2_ptr + row * hidden + tile_n, mask=mask, other=0.0).to(ACC)

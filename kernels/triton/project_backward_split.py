@@ -108,7 +108,7 @@ def project_backward_input_kernel(
     total = tl.zeros((BLOCK_N,), ACC)
     centred = tl.zeros((BLOCK_N,), ACC)
     for tile in range(part, tl.cdiv(rows, BLOCK_M), tl.num_programs(1)):
-        row = tile.to(tl.int64) * BLOCK_M
+        row = tl.cast(tile, tl.int64) * BLOCK_M
         mask_m = (offs_m < rows - row)[:, None]
         da = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         for k in tl.range(0, outputs, BLOCK_K, num_stages=STAGES):
@@ -174,7 +174,7 @@ def project_backward_weight_kernel(
     for _ in tl.static_range(CHUNKS - 1):
         dw = dw + (tl.zeros((BLOCK_N, BLOCK_O), ACC),)
     for tile in tl.range(part, tl.cdiv(rows, BLOCK_M), tl.num_programs(2), num_stages=STAGES):
-        row = tile.to(tl.int64) * BLOCK_M
+        row = tl.cast(tile, tl.int64) * BLOCK_M
         mask_m = (offs_m < rows - row)[:, None]
         mask = mask_m if EVEN_N else mask_m & mask_n[None, :]
         z = tl.load(y2_ptr + row * hidden + tile_n, mask=mask, other=0.0).to(ACC) * scale + shift
