@@ -13,12 +13,13 @@ _OLDEST = (8, 0)
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot take activations of `dtype` on `device`, or None when they can."""
-    if find_spec("triton") is None:
-        return "the package triton is not installed"
+    # The CPU comes first: it asks at every call, and the answer must cost nothing.
     if device.type != "cuda":
         reason = _refusal_off_gpu(device, dtype)
         if reason is not None or _interpreting():
             return reason
+    elif find_spec("triton") is None:
+        return "the package triton is not installed"
     elif torch.version.hip is not None:
         return "the kernels were written for NVIDIA GPUs"
     elif (capability := torch.cuda.get_device_capability(device)) < _OLDEST:
@@ -45,11 +46,9 @@ def _refusal_off_gpu(device: torch.device, dtype: torch.dtype) -> str | None:
         return elsewhere
     import triton
 
-    try:
-        driver = triton.runtime.driver.active
-    except RuntimeError:
-        return elsewhere
-    return None if driver.get_active_torch_device().type == device.type else elsewhere
+    # Not `driver.active`, which looks for a GPU anew at every call where there is none.
+    driver = getattr(triton.runtime.driver, "_active", None)
+    return None if driver is not None and driver.get_active_torch_device().type == device.type else elsewhere
 
 
 def _interpreting() -> bool:
