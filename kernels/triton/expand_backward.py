@@ -17,10 +17,15 @@ from mbv2.kernels.triton.reduce import accumulator, row_programs, sum_parts
 
 CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
     "expand_backward": (
-        {"BLOCK_M": 64, "BLOCK_H": 32, "BLOCK_C": 16, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_M": 64, "BLOCK_H": 32, "BLOCK_C": 16, "num_warps": 2, "num_stages": 2},
+        {"BLOCK_M": 32, "BLOCK_H": 32, "BLOCK_C": 16, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_M": 32, "BLOCK_H": 32, "BLOCK_C": 32, "num_warps": 4, "num_stages": 2},
         {"BLOCK_M": 64, "BLOCK_H": 64, "BLOCK_C": 32, "num_warps": 4, "num_stages": 2},
         {"BLOCK_M": 32, "BLOCK_H": 64, "BLOCK_C": 32, "num_warps": 4, "num_stages": 2},
-        {"BLOCK_M": 64, "BLOCK_H": 64, "BLOCK_C": 32, "num_warps": 8, "num_stages": 2},
+        {"BLOCK_M": 16, "BLOCK_H": 16, "BLOCK_C": 32, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_M": 64, "BLOCK_H": 64, "BLOCK_C": 64, "num_warps": 8, "num_stages": 2},
+        {"BLOCK_M": 16, "BLOCK_H": 32, "BLOCK_C": 32, "num_warps": 8, "num_stages": 2},
+        {"SPLIT": 1},
     ),
 }
 
@@ -133,7 +138,7 @@ def expand_backward(
     hidden, inputs = weight.shape[:2]
     rows = x.numel() // inputs
     tile = tuning.tile("expand_backward", x.dtype, hidden=hidden, cin=inputs)
-    if tile.get("SPLIT", 0):
+    if "SPLIT" in tile:
         dx = input_gradient(dz1, y1, coef1, weight, x, residual) if need_input else None
         return dx, weight_gradient(dz1, y1, coef1, weight, x) if need_weight else None
 

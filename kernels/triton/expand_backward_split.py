@@ -8,18 +8,26 @@ from torch import Tensor
 
 from mbv2.kernels.layout import new_channels_last
 from mbv2.kernels.triton import tuning
-from mbv2.kernels.triton.reduce import accumulator, channel_groups, row_programs, sum_parts
+from mbv2.kernels.triton.reduce import accumulator, row_programs, sum_parts
 
 CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
     "expand_backward_input": (
-        {"BLOCK_M": 64, "BLOCK_K": 32, "BLOCK_C": 32, "CHUNKS": 5, "num_warps": 4, "num_stages": 3},
-        {"BLOCK_M": 64, "BLOCK_K": 32, "BLOCK_C": 64, "CHUNKS": 2, "num_warps": 4, "num_stages": 3},
         {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_C": 32, "CHUNKS": 2, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_M": 64, "BLOCK_K": 32, "BLOCK_C": 64, "CHUNKS": 1, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 64, "BLOCK_K": 32, "BLOCK_C": 32, "CHUNKS": 3, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_C": 32, "CHUNKS": 3, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_C": 32, "CHUNKS": 5, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_C": 32, "CHUNKS": 5, "num_warps": 8, "num_stages": 3},
+        {"BLOCK_M": 64, "BLOCK_K": 32, "BLOCK_C": 32, "CHUNKS": 5, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 64, "BLOCK_K": 32, "BLOCK_C": 64, "CHUNKS": 5, "num_warps": 8, "num_stages": 3},
     ),
     "expand_backward_weight": (
-        {"BLOCK_M": 32, "BLOCK_H": 64, "BLOCK_C": 32, "CHUNKS": 5, "num_warps": 4, "num_stages": 3},
-        {"BLOCK_M": 32, "BLOCK_H": 64, "BLOCK_C": 64, "CHUNKS": 2, "num_warps": 4, "num_stages": 3},
         {"BLOCK_M": 32, "BLOCK_H": 32, "BLOCK_C": 32, "CHUNKS": 2, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_M": 32, "BLOCK_H": 64, "BLOCK_C": 64, "CHUNKS": 1, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 32, "BLOCK_H": 64, "BLOCK_C": 32, "CHUNKS": 3, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 32, "BLOCK_H": 64, "BLOCK_C": 32, "CHUNKS": 5, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 64, "BLOCK_H": 64, "BLOCK_C": 32, "CHUNKS": 5, "num_warps": 8, "num_stages": 2},
+        {"BLOCK_M": 64, "BLOCK_H": 64, "BLOCK_C": 64, "CHUNKS": 5, "num_warps": 8, "num_stages": 2},
     ),
 }
 
@@ -164,7 +172,8 @@ def input_gradient(
     rows = x.numel() // inputs
     dx = new_channels_last(x, x.shape)
     tile = tuning.tile("expand_backward_input", x.dtype, hidden=hidden, cin=inputs)
-    groups, chunks = channel_groups(inputs, tile["BLOCK_C"], tile["CHUNKS"])
+    group = tile["BLOCK_C"] * tile["CHUNKS"]
+    groups = triton.cdiv(inputs, group)
     expand_backward_input_kernel[(groups * triton.cdiv(rows, tile["BLOCK_M"]),)](
         dz1,
         y1,
@@ -179,11 +188,11 @@ def input_gradient(
         HIDDEN_ALIGN=math.gcd(hidden, 16),
         INPUT_ALIGN=math.gcd(inputs, 16),
         EVEN_K=hidden % tile["BLOCK_K"] == 0,
-        EVEN_C=inputs == groups * chunks * tile["BLOCK_C"],
+        EVEN_C=inputs % group == 0,
         ACC=accumulator(x.dtype),
         PRECISION=tuning.dot_precision(x.dtype),
         STAGES=tile["num_stages"],
-        **{**tile, "CHUNKS": chunks},
+        **tile,
     )
     return dx
 
@@ -193,7 +202,8 @@ def weight_gradient(dz1: Tensor, y1: Tensor, coef1: Tensor, weight: Tensor, x: T
     hidden, inputs = weight.shape[:2]
     rows = x.numel() // inputs
     tile = tuning.tile("expand_backward_weight", x.dtype, hidden=hidden, cin=inputs)
-    groups, chunks = channel_groups(inputs, tile["BLOCK_C"], tile["CHUNKS"])
+    group = tile["BLOCK_C"] * tile["CHUNKS"]
+    groups = triton.cdiv(inputs, group)
     columns = triton.cdiv(hidden, tile["BLOCK_H"])
     traffic = rows * (2 * hidden + inputs) * x.element_size()
     parts = row_programs(rows, tile, groups * columns, traffic, hidden * inputs * 4)
@@ -210,10 +220,10 @@ def weight_gradient(dz1: Tensor, y1: Tensor, coef1: Tensor, weight: Tensor, x: T
         HIDDEN_ALIGN=math.gcd(hidden, 16),
         INPUT_ALIGN=math.gcd(inputs, 16),
         EVEN_H=hidden % tile["BLOCK_H"] == 0,
-        EVEN_C=inputs == groups * chunks * tile["BLOCK_C"],
+        EVEN_C=inputs % group == 0,
         ACC=accumulator(x.dtype),
         PRECISION=tuning.dot_precision(x.dtype),
         STAGES=tile["num_stages"],
-        **{**tile, "CHUNKS": chunks},
+        **tile,
     )
     return sum_parts(dw, weight)

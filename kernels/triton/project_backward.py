@@ -2,7 +2,7 @@
 
 One kernel computes the input's and the weight's gradient in a single pass over y2 where the weight gradient of a
 slice of hidden channels fits into registers. For more output channels the pass is cut in two. `dy3 = A g + B y3 + C`
-is either computed on load, once for every slice of hidden channels, or (PREPARE in the tile) written beforehand.
+is either computed on load (AFFINE in the tile), once for every slice of hidden channels, or written beforehand.
 """
 
 import math
@@ -18,12 +18,16 @@ from mbv2.kernels.triton.reduce import accumulator, row_programs, sum_parts
 
 CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
     "project_backward": (
-        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_O": 16, "FOLD": 4, "PREPARE": 0, "num_warps": 4, "num_stages": 2},
-        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_O": 32, "FOLD": 4, "PREPARE": 0, "num_warps": 4, "num_stages": 2},
-        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_O": 64, "FOLD": 4, "PREPARE": 0, "num_warps": 4, "num_stages": 2},
-        {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_O": 16, "FOLD": 1, "PREPARE": 0, "num_warps": 4, "num_stages": 2},
-        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_O": 32, "FOLD": 4, "PREPARE": 1, "num_warps": 4, "num_stages": 2},
-        {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_O": 32, "FOLD": 1, "PREPARE": 0, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_O": 16, "FOLD": 1, "AFFINE": 1, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_O": 16, "FOLD": 4, "AFFINE": 1, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_O": 32, "FOLD": 1, "AFFINE": 1, "num_warps": 2, "num_stages": 2},
+        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_O": 32, "FOLD": 4, "AFFINE": 1, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_O": 64, "FOLD": 4, "AFFINE": 1, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_O": 32, "FOLD": 4, "AFFINE": 0, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_O": 32, "FOLD": 4, "AFFINE": 0, "num_warps": 8, "num_stages": 2},
+        {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_O": 32, "FOLD": 1, "AFFINE": 1, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_O": 32, "FOLD": 1, "AFFINE": 1, "num_warps": 4, "num_stages": 2},
+        {"SPLIT": 1},
     ),
 }
 
@@ -156,12 +160,11 @@ def project_backward(
     outputs, hidden = weight.shape[:2]
     rows = y2.numel() // hidden
     tile = tuning.tile("project_backward", y2.dtype, cout=outputs, hidden=hidden)
-    split = tile.pop("SPLIT", 0)
-    prepare = tile.pop("PREPARE", 0)
     dz2 = new_channels_last(y2, y2.shape) if need_input else None
-    if split or prepare:
+    affine = tile.get("AFFINE", 0)
+    if not affine:
         grad = output_gradient(grad, y3, coef3)
-    if split:
+    if "SPLIT" in tile:
         sums = input_gradient(grad, weight, y2, bn2, dz2) if dz2 is not None else None
         return dz2, sums, weight_gradient(grad, weight, y2, bn2) if need_weight else None
 
@@ -172,8 +175,8 @@ def project_backward(
     dw = bn2.new_empty((parts, outputs, hidden)) if need_weight else None
     project_backward_kernel[(columns, parts)](
         grad,
-        None if prepare else y3,
-        None if prepare else coef3,
+        y3 if affine else None,
+        coef3 if affine else None,
         weight,
         y2,
         bn2,
@@ -185,7 +188,6 @@ def project_backward(
         outputs,
         NEED_INPUT=need_input,
         NEED_WEIGHT=need_weight,
-        AFFINE=not prepare,
         EVEN_N=hidden % tile["BLOCK_N"] == 0,
         EVEN_O=outputs % tile["BLOCK_O"] == 0,
         CHUNKS=triton.cdiv(outputs, tile["BLOCK_O"]),

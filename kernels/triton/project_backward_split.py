@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mbv2.kernels.layout import MEAN, SCALE, SHIFT, new_channels_last
 from mbv2.kernels.triton import tuning
-from mbv2.kernels.triton.reduce import accumulator, channel_groups, row_programs, sum_parts
+from mbv2.kernels.triton.reduce import accumulator, row_programs, sum_parts
 
 CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
     "project_backward_affine": (
@@ -21,9 +21,12 @@ CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
         {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
     ),
     "project_backward_weight": (
-        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_O": 32, "CHUNKS": 5, "num_warps": 4, "num_stages": 3},
-        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_O": 64, "CHUNKS": 5, "num_warps": 8, "num_stages": 3},
         {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_O": 32, "CHUNKS": 2, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_O": 32, "CHUNKS": 1, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_O": 32, "CHUNKS": 2, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_O": 32, "CHUNKS": 3, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_O": 32, "CHUNKS": 5, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_O": 32, "CHUNKS": 5, "num_warps": 8, "num_stages": 2},
     ),
 }
 
@@ -240,7 +243,8 @@ def weight_gradient(dy3: Tensor, weight: Tensor, y2: Tensor, bn2: Tensor) -> Ten
     outputs, hidden = weight.shape[:2]
     rows = y2.numel() // hidden
     tile = tuning.tile("project_backward_weight", y2.dtype, cout=outputs, hidden=hidden)
-    groups, chunks = channel_groups(outputs, tile["BLOCK_O"], tile["CHUNKS"])
+    group = tile["BLOCK_O"] * tile["CHUNKS"]
+    groups = triton.cdiv(outputs, group)
     columns = triton.cdiv(hidden, tile["BLOCK_N"])
     traffic = rows * (hidden + outputs) * y2.element_size()
     parts = row_programs(rows, tile, groups * columns, traffic, hidden * outputs * 4)
@@ -254,12 +258,12 @@ def weight_gradient(dy3: Tensor, weight: Tensor, y2: Tensor, bn2: Tensor) -> Ten
         hidden,
         outputs,
         EVEN_N=hidden % tile["BLOCK_N"] == 0,
-        EVEN_O=outputs == groups * chunks * tile["BLOCK_O"],
+        EVEN_O=outputs % group == 0,
         STAGES=tile["num_stages"],
         HIDDEN_ALIGN=math.gcd(hidden, 16),
         OUTPUT_ALIGN=math.gcd(outputs, 16),
         ACC=accumulator(y2.dtype),
         PRECISION=tuning.dot_precision(y2.dtype),
-        **{**tile, "CHUNKS": chunks},
+        **tile,
     )
     return sum_parts(dw, weight)

@@ -89,9 +89,3 @@ def row_programs(rows: int, tile: dict[str, int], others: int, traffic: int = 0,
 def accumulator(dtype: torch.dtype) -> tl.dtype:
     """Triton's name of the type that values of `dtype` are added up in."""
     return tl.float64 if wide(dtype) == torch.float64 else tl.float32
-
-
-def channel_groups(channels: int, block: int, most: int) -> tuple[int, int]:
-    """In how few groups of at most `most` tiles of `block` the channels go, and the tiles each of them needs."""
-    groups = triton.cdiv(channels, block * most)
-    return groups, triton.cdiv(triton.cdiv(channels, groups), block)
