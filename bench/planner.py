@@ -144,8 +144,8 @@ def with_low_tiles(metas: tuple[Meta, ...]) -> tuple[Meta, ...]:
     From 64 rows on, Triton uses the tensor memory there, in whose layout a thread holds a whole row: sums over the rows
     of a tile, as statistics are, then take several times the instructions, and registers run out.
     """
-    low = [{**meta, "BLOCK_M": 32, "num_warps": max(2, meta["num_warps"] // 2)} for meta in metas]
-    low = [small for small, meta in zip(low, metas, strict=True) if meta["BLOCK_M"] >= 64]
+    high = [meta for meta in metas if meta.get("BLOCK_M", 0) >= 64]
+    low = [{**meta, "BLOCK_M": 32, "num_warps": max(2, meta["num_warps"] // 2)} for meta in high]
     return tuple({tuple(meta.items()): meta for meta in [*metas, *low]}.values())
 
 
