@@ -1,14 +1,19 @@
 """Tables of tiles: which entry is taken, and that every kernel's table is whole."""
 
 import json
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import Gpu
+from stage_check import check_stage
+from triton.runtime.interpreter import GridExecutor
 
-from mbv2.kernels.triton import tuning
+from bench import workload
+from mbv2.kernels.triton import stages, tuning
 
 HALF, SINGLE = torch.float16, torch.float32
 TILES = Path(tuning.__file__).parent / "tiles"
@@ -181,3 +186,45 @@ def test_no_entry_is_hidden_by_an_earlier_one(kernel: str) -> None:
             for early in bounds[:index]:
                 covers = all(late.get(n) == v if n == "bytes" else late.get(n, v + 1) <= v for n, v in early.items())
                 assert not covers, f"{arch}: {late} can never be taken, {early} comes first"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("dtype", [HALF, SINGLE])
+def test_every_tile_that_the_tables_give_a_networks_layers_computes_right(
+    gpu: Gpu, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if gpu.mode != "interpreter":
+        pytest.skip("tiles of all architectures are run in the interpreter, which is none of them")
+    done: set[tuple[Any, ...]] = set()
+    for arch, alpha in product(sorted(ARCHITECTURES), (1.0, 0.35, 1.4)):
+        at(monkeypatch, arch)
+        for call in workload.calls(alpha, 32, 2, dtype):
+            if call.args[0].dim() == 4 and (kind := how(call, monkeypatch)) not in done:
+                done.add(kind)
+                check_stage(gpu, getattr(stages, call.stage), *(filled(value) for value in call.args), slack=3)
+
+
+def how(call: workload.Call, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
+    """The tiles a call takes, and on which side of them its channels lie; nothing is run."""
+    with monkeypatch.context() as quiet, tuning.recorded() as record:
+        quiet.setattr(GridExecutor, "__call__", lambda *_, **__: None)
+        getattr(stages, call.stage)(*call.args)
+    sides = [
+        (lookup.kernel, *lookup.meta.items(), *((size > block, size % block) for size, block in pairs(lookup)))
+        for lookup in record
+    ]
+    return call.stage, *sides
+
+
+def pairs(lookup: tuning.Lookup) -> Iterator[tuple[int, int]]:
+    blocks = [value for name, value in lookup.meta.items() if name.startswith("BLOCK_")]
+    yield from product((size for name, size in lookup.sizes.items() if name != "rows"), blocks)
+
+
+def filled(value: Any) -> Any:
+    """A tensor with values in place of one without memory; statistics positive."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+    return made.copy_(torch.randn(value.shape) if value.dim() == 4 else torch.rand(value.shape) + 0.5)
