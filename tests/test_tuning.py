@@ -190,16 +190,15 @@ def test_no_entry_is_hidden_by_an_earlier_one(kernel: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("dtype", [HALF, SINGLE])
 def test_every_tile_that_the_tables_give_a_networks_layers_computes_right(
-    gpu: Gpu, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if gpu.mode != "interpreter":
         pytest.skip("tiles of all architectures are run in the interpreter, which is none of them")
     done: set[tuple[Any, ...]] = set()
-    for arch, alpha in product(sorted(ARCHITECTURES), (1.0, 0.35, 1.4)):
+    for arch, alpha in product(sorted(ARCHITECTURES), (1.0, 1.4)):
         at(monkeypatch, arch)
-        for call in workload.calls(alpha, 32, 2, dtype):
+        for call in workload.calls(alpha, 32, 1, HALF):
             if call.args[0].dim() == 4 and (kind := how(call, monkeypatch)) not in done:
                 done.add(kind)
                 check_stage(gpu, getattr(stages, call.stage), *(filled(value) for value in call.args), slack=3)
