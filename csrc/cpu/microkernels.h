@@ -40,7 +40,8 @@ inline __attribute__((always_inline)) void multiply(Accumulators<V, Rows, Vector
     }
 }
 
-template <class V, int Rows, int Vectors, int RowStep, int KStep, int Unroll>
+// Length is that of every run if it is known, else 0.
+template <class V, int Rows, int Vectors, int RowStep, int KStep, int Length>
 void tile(const Runs& runs, const float* b, const float* bias, bool relu6, float* out, int64_t out_plane,
           const float* residual) {
     Accumulators<V, Rows, Vectors> acc;
@@ -52,15 +53,26 @@ void tile(const Runs& runs, const float* b, const float* bias, bool relu6, float
     for (int64_t o = 0; o < runs.outer; ++o) {
         const float* run = runs.base + o * runs.outer_stride;
         for (int64_t i = 0; i < runs.inner; ++i, run += runs.inner_stride) {
-            const int64_t length = i + 1 < runs.inner ? runs.length : runs.tail;
             const float* a = run;
-            int64_t k = 0;
-            for (; k + Unroll <= length; k += Unroll, a += Unroll * KStep, b += Unroll * kWidth) {
-                MBV2_UNROLL for (int u = 0; u < Unroll; ++u) {
-                    multiply<V, Rows, Vectors, RowStep>(acc, a + u * KStep, b + u * kWidth);
+            if constexpr (Length > 0) {
+                MBV2_UNROLL for (int k = 0; k < Length; ++k) {
+                    // Neighbouring rows share inputs. Were that seen, they would be held in registers, and with this
+                    // many sums there are none left.
+                    if constexpr (Rows * Vectors > 16) asm("" : "+r"(a));
+                    multiply<V, Rows, Vectors, RowStep>(acc, a + k * KStep, b + k * kWidth);
                 }
+                b += Length * kWidth;
+            } else {
+                constexpr int kUnroll = 4;
+                const int64_t length = i + 1 < runs.inner ? runs.length : runs.tail;
+                int64_t k = 0;
+                for (; k + kUnroll <= length; k += kUnroll, a += kUnroll * KStep, b += kUnroll * kWidth) {
+                    MBV2_UNROLL for (int u = 0; u < kUnroll; ++u) {
+                        multiply<V, Rows, Vectors, RowStep>(acc, a + u * KStep, b + u * kWidth);
+                    }
+                }
+                for (; k < length; ++k, a += KStep, b += kWidth) multiply<V, Rows, Vectors, RowStep>(acc, a, b);
             }
-            for (; k < length; ++k, a += KStep, b += kWidth) multiply<V, Rows, Vectors, RowStep>(acc, a, b);
         }
     }
     if (relu6) {
@@ -84,7 +96,7 @@ void tile(const Runs& runs, const float* b, const float* bias, bool relu6, float
 using TileFunction = void (*)(const Runs&, const float*, const float*, bool, float*, int64_t, const float*);
 
 template <class V, int Rows, int Vectors>
-constexpr TileFunction kPointwiseTile = tile<V, Rows, Vectors, V::lanes, 1, 4>;
+constexpr TileFunction kPointwiseTile = tile<V, Rows, Vectors, V::lanes, 1, 0>;
 
 // Entry [rows - 1] for every number of rows that fits the registers.
 template <class V, int Vectors, int... Less>
