@@ -36,6 +36,7 @@ class BuildParallel(build_ext):
     """Compiles every source on its own with its own flags; a failure leaves the module out."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Compile and link `ext`."""
         try:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 ext.extra_objects = [name for names in pool.map(self._compile_one, ext.sources) for name in names]

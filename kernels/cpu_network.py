@@ -74,6 +74,14 @@ def isa() -> str:
         raise BackendError(_first_line(error)) from None
 
 
+def state() -> str:
+    """The instruction set that will be used, or why there is none, in one sentence."""
+    try:
+        return isa()
+    except BackendError as error:
+        return f"not usable: {error}"
+
+
 def usable_isas() -> list[str]:
     """The instruction sets that this build and machine can run, best first."""
     _require()

@@ -37,10 +37,9 @@ struct Kernels {
     const char* name;
     int lanes;
 
-    // Rows [0, rows) of one panel: out = clamp(in * weights + bias) + residual, where residual may be null and has
-    // out's plane stride.
+    // Rows [0, rows) of one panel: out = clamp(in * weights + bias) + residual; residual may be null.
     void (*pointwise)(const Pointwise&, int64_t panel, const float* in, int64_t in_plane, int64_t rows, float* out,
-                      int64_t out_plane, const float* residual);
+                      int64_t out_plane, const float* residual, int64_t residual_plane);
 
     // Row `row` of one panel of relu6(conv3x3(image) + bias), stride 2.
     void (*stem)(const Stem&, int64_t panel, int64_t row, float* out, int64_t out_plane);
@@ -50,7 +49,12 @@ struct Kernels {
 
     // Mean over `pixels` of one plane.
     void (*mean)(const float* in, int64_t pixels, float* out);
+
+    // Nothing but `steps` * kPeakSums vector multiply-adds, for benchmarks; in and out are 2 vectors and 1.
+    void (*multiply_adds)(int64_t steps, const float* in, float* out);
 };
+
+constexpr int kPeakSums = 12;
 
 // Null where the compiler or the architecture has no such instructions.
 const Kernels* avx512_kernels();

@@ -43,7 +43,7 @@ inline __attribute__((always_inline)) void multiply(Accumulators<V, Rows, Vector
 // Length is that of every run if it is known, else 0.
 template <class V, int Rows, int Vectors, int RowStep, int KStep, int Length>
 void tile(const Runs& runs, const float* b, const float* bias, bool relu6, float* out, int64_t out_plane,
-          const float* residual) {
+          const float* residual, int64_t residual_plane) {
     Accumulators<V, Rows, Vectors> acc;
     MBV2_UNROLL for (int v = 0; v < Vectors; ++v) {
         const typename V::Type start = V::load(bias + v * V::lanes);
@@ -83,7 +83,7 @@ void tile(const Runs& runs, const float* b, const float* bias, bool relu6, float
     if (residual != nullptr) {
         MBV2_UNROLL for (int m = 0; m < Rows; ++m) {
             MBV2_UNROLL for (int v = 0; v < Vectors; ++v) {
-                const float* x = residual + v * out_plane + m * V::lanes;
+                const float* x = residual + v * residual_plane + m * V::lanes;
                 acc.value[m][v] = V::add(acc.value[m][v], V::load(x));
             }
         }
@@ -93,7 +93,7 @@ void tile(const Runs& runs, const float* b, const float* bias, bool relu6, float
     }
 }
 
-using TileFunction = void (*)(const Runs&, const float*, const float*, bool, float*, int64_t, const float*);
+using TileFunction = void (*)(const Runs&, const float*, const float*, bool, float*, int64_t, const float*, int64_t);
 
 template <class V, int Rows, int Vectors>
 constexpr TileFunction kPointwiseTile = tile<V, Rows, Vectors, V::lanes, 1, 0>;
@@ -110,14 +110,15 @@ struct PointwiseTiles<V, Vectors, 0, Less...> {
 
 template <class V, int Vectors>
 void pointwise_panel(const Runs& runs, const float* weights, const float* bias, bool relu6, int64_t rows, float* out,
-                     int64_t out_plane, const float* residual) {
+                     int64_t out_plane, const float* residual, int64_t residual_plane) {
     constexpr int kMost = V::rows[Vectors - 1];
     // Tiles of nearly equal height: a last tile of one row would run at the latency of its additions.
     const int64_t count = ceil_div(rows, kMost), height = rows / count, higher = rows % count;
     Runs here = runs;
     for (int64_t i = 0; i < count; ++i) {
         const int64_t m = height + (i < higher);
-        PointwiseTiles<V, Vectors, kMost>::entries[m - 1](here, weights, bias, relu6, out, out_plane, residual);
+        PointwiseTiles<V, Vectors, kMost>::entries[m - 1](here, weights, bias, relu6, out, out_plane, residual,
+                                                          residual_plane);
         here.base += m * V::lanes;
         out += m * V::lanes;
         if (residual != nullptr) residual += m * V::lanes;
@@ -126,18 +127,21 @@ void pointwise_panel(const Runs& runs, const float* weights, const float* bias, 
 
 template <class V>
 void pointwise(const Pointwise& conv, int64_t panel, const float* in, int64_t in_plane, int64_t rows, float* out,
-               int64_t out_plane, const float* residual) {
+               int64_t out_plane, const float* residual, int64_t residual_plane) {
     const int64_t inner = ceil_div(conv.inputs, V::lanes);
     const Runs runs = {in, 1, 0, inner, in_plane, V::lanes, conv.inputs - (inner - 1) * V::lanes};
     const float* weights = conv.weights + panel * 2 * V::lanes * conv.inputs;
     const float* bias = conv.bias + panel * 2 * V::lanes;
     switch (panel_vectors(conv.vectors, panel)) {
         case 1:
-            return pointwise_panel<V, 1>(runs, weights, bias, conv.relu6, rows, out, out_plane, residual);
+            return pointwise_panel<V, 1>(runs, weights, bias, conv.relu6, rows, out, out_plane, residual,
+                                         residual_plane);
         case 2:
-            return pointwise_panel<V, 2>(runs, weights, bias, conv.relu6, rows, out, out_plane, residual);
+            return pointwise_panel<V, 2>(runs, weights, bias, conv.relu6, rows, out, out_plane, residual,
+                                         residual_plane);
         default:
-            return pointwise_panel<V, 3>(runs, weights, bias, conv.relu6, rows, out, out_plane, residual);
+            return pointwise_panel<V, 3>(runs, weights, bias, conv.relu6, rows, out, out_plane, residual,
+                                         residual_plane);
     }
 }
 
@@ -149,7 +153,7 @@ void stem_interior(const Runs& runs, const float* weights, const float* bias, in
     const auto run = [&](TileFunction function, int64_t x) {
         Runs here = runs;
         here.base += (2 * x - 1) * ColumnStride;
-        function(here, weights, bias, true, out + x * V::lanes, out_plane, nullptr);
+        function(here, weights, bias, true, out + x * V::lanes, out_plane, nullptr, 0);
     };
     int64_t x = first;
     if (last - first >= kMost) {
@@ -188,7 +192,7 @@ void stem_panel(const Stem& stem, int64_t panel, int64_t row, float* out, int64_
             }
         }
         const Runs copy = {patch, 1, 0, 1, 0, size, size};
-        kPointwiseTile<V, 1, Vectors>(copy, weights, bias, true, out + x * V::lanes, out_plane, nullptr);
+        kPointwiseTile<V, 1, Vectors>(copy, weights, bias, true, out + x * V::lanes, out_plane, nullptr, 0);
     }
 }
 
@@ -279,8 +283,20 @@ void mean(const float* in, int64_t pixels, float* out) {
 }
 
 template <class V>
+void multiply_adds(int64_t steps, const float* in, float* out) {
+    const typename V::Type a = V::load(in), b = V::load(in + V::lanes);
+    typename V::Type sums[kPeakSums];
+    MBV2_UNROLL for (int i = 0; i < kPeakSums; ++i) sums[i] = V::broadcast(in + i % V::lanes);
+    for (int64_t s = 0; s < steps; ++s) {
+        MBV2_UNROLL for (int i = 0; i < kPeakSums; ++i) sums[i] = V::fma(sums[i], a, b);
+    }
+    MBV2_UNROLL for (int i = 1; i < kPeakSums; ++i) sums[0] = V::add(sums[0], sums[i]);
+    V::store(out, sums[0]);
+}
+
+template <class V>
 constexpr Kernels kernels_of(const char* name) {
-    return {name, V::lanes, pointwise<V>, stem<V>, depthwise<V>, mean<V>};
+    return {name, V::lanes, pointwise<V>, stem<V>, depthwise<V>, mean<V>, multiply_adds<V>};
 }
 
 }  // namespace

@@ -64,8 +64,12 @@ struct BlockRun {
     int64_t lanes() const { return kernels.lanes; }
     int64_t channels() const { return expand.vectors * lanes(); }
 
-    // Output rows of a tile whose hidden rows are all made at once, panel by panel.
+    // Whether the shortcut is the stem's output, which is nowhere but in the hidden rows.
+    bool adds_stem() const { return residual && stem != nullptr; }
+
+    // Whether a tile of this many output rows has all its hidden rows made at once, panel by panel.
     bool fits_whole(int64_t rows) const {
+        if (adds_stem()) return false;
         const int64_t hidden_rows = std::min(height, (rows - 1) * stride + 3);
         return 3 * lanes() * hidden_rows * width + channels() * rows * out_width() <= kPictureBudget;
     }
@@ -88,7 +92,7 @@ struct BlockRun {
                 }
             } else {
                 kernels.pointwise(expand, panel, in + row * width * lanes(), height * width * lanes(), rows * width, to,
-                                  plane, nullptr);
+                                  plane, nullptr, 0);
             }
             row += rows;
         }
@@ -117,7 +121,15 @@ struct BlockRun {
         const int64_t plane = out_height() * out_width() * lanes();
         const int64_t offset = 2 * panel * plane + first * lanes();
         kernels.pointwise(project, panel, tile + (first - tile_first) * lanes(), tile_plane, last - first, out + offset,
-                          plane, residual ? in + offset : nullptr);
+                          plane, residual ? in + offset : nullptr, plane);
+    }
+
+    // The same for one row of the first block with a shortcut.
+    void finish_on_stem(int64_t panel, int64_t y, const float* tile, int64_t tile_plane, const float* hidden,
+                        int64_t ring) const {
+        const int64_t row = width * lanes(), plane = height * row;
+        kernels.pointwise(project, panel, tile, tile_plane, width, out + 2 * panel * plane + y * row, plane,
+                          hidden + 2 * panel * ring * row + y % ring * row, ring * row);
     }
 
     // Output rows [begin, end), tile by tile.
@@ -138,7 +150,13 @@ struct BlockRun {
             }
             done = needed;
             for (int64_t p = 0; p < panels(project.vectors); ++p) {
-                finish(p, y * out_width(), last * out_width(), tile, y * out_width(), tile_plane);
+                if (adds_stem()) {
+                    for (int64_t row = y; row < last; ++row) {
+                        finish_on_stem(p, row, tile + (row - y) * width * lanes(), tile_plane, hidden, ring);
+                    }
+                } else {
+                    finish(p, y * out_width(), last * out_width(), tile, y * out_width(), tile_plane);
+                }
             }
         }
     }
@@ -222,7 +240,7 @@ void features(const Plan& plan, const Network& network, const Kernels& kernels, 
     parallel(threads, panels(network.head.vectors), [&](int64_t begin, int64_t end) {
         float* hidden = scratch.hidden.get(3 * lanes * pixels);
         for (int64_t p = begin; p < end; ++p) {
-            kernels.pointwise(network.head, p, in, pixels * lanes, pixels, hidden, pixels * lanes, nullptr);
+            kernels.pointwise(network.head, p, in, pixels * lanes, pixels, hidden, pixels * lanes, nullptr, 0);
             for (int64_t v = 0; v < panel_vectors(network.head.vectors, p); ++v) {
                 kernels.mean(hidden + v * pixels * lanes, pixels, pooled + ((2 * p + v) * image.batch + n) * lanes);
             }
@@ -237,7 +255,7 @@ void classify(const Plan& plan, const Network& network, const Kernels& kernels, 
     parallel(threads, panels(network.classifier.vectors), [&](int64_t begin, int64_t end) {
         for (int64_t p = begin; p < end; ++p) {
             float* to = planes + 2 * p * batch * lanes;
-            kernels.pointwise(network.classifier, p, pooled, batch * lanes, batch, to, batch * lanes, nullptr);
+            kernels.pointwise(network.classifier, p, pooled, batch * lanes, batch, to, batch * lanes, nullptr, 0);
         }
     });
     for (int64_t n = 0; n < batch; ++n) {

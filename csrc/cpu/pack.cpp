@@ -58,7 +58,7 @@ Plan::Plan(const int64_t* numbers, int64_t count) {
         const int64_t inputs = i == 0 ? block[1] : blocks[i - 1].outputs;
         right = right && block[0] == inputs && block[0] > 0 && block[1] > 0 && block[2] > 0;
         right = right && (block[3] == 1 || block[3] == 2);
-        right = right && (block[4] == 0 || (i > 0 && block[0] == block[2] && block[3] == 1));
+        right = right && (block[4] == 0 || (block[0] == block[2] && block[3] == 1));
     }
     if (!right) throw std::invalid_argument("the plan's blocks do not follow from one another");
 }
