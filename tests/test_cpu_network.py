@@ -72,7 +72,7 @@ def test_every_instruction_set_is_the_model_in_float64(isa: str, size: tuple[int
 
 
 # Without shrinking: a failing example is small enough to read, and every try packs a network.
-@settings(max_examples=25, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@settings(max_examples=15, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(
     width=st.floats(0.1, 1.6),
     classes=st.integers(1, 70),
