@@ -133,7 +133,9 @@ def count(operator: str, name: str) -> None:
 
 
 def report() -> dict[str, Any]:
-    """What is there and what ran: backends, the one asked for, calls, and stages that failed their check."""
+    """What is there and what ran: backends, the one asked for, calls, stages that failed their check, CPU kernels."""
+    from mbv2.kernels import cpu_network
+
     return {
         "available": available(),
         "asked": _asked or os.environ.get("MBV2_BACKEND", "auto"),
@@ -143,6 +145,7 @@ def report() -> dict[str, Any]:
             for (name, stage, dtype, device), verdict in _verdicts.items()
             if verdict is not None
         },
+        "cpu_network": cpu_network.state(),
     }
 
 

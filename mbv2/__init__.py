@@ -4,13 +4,23 @@ import mbv2
 
 mbv2.list_models()
 model = mbv2.create_model("mobilenet_v2_1.0_224", pretrained=True)
+fast = mbv2.optimize_for_inference(model.eval())  # on a CPU: one compiled call from picture to logits
 """
 
 from mbv2.errors import UserError
 from mbv2.zoo import VARIANTS, Variant, create_model, list_models, variant_name
 
 __version__ = "0.1.0"
-__all__ = ["VARIANTS", "MobileNetV2", "UserError", "Variant", "create_model", "list_models", "variant_name"]
+__all__ = [
+    "VARIANTS",
+    "MobileNetV2",
+    "UserError",
+    "Variant",
+    "create_model",
+    "list_models",
+    "optimize_for_inference",
+    "variant_name",
+]
 
 
 def __getattr__(name: str) -> object:
@@ -19,4 +29,8 @@ def __getattr__(name: str) -> object:
         from mbv2.model import MobileNetV2
 
         return MobileNetV2
+    if name == "optimize_for_inference":
+        from mbv2.optimized import optimize_for_inference
+
+        return optimize_for_inference
     raise AttributeError(f"module 'mbv2' has no attribute {name!r}")

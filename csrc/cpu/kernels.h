@@ -1,0 +1,70 @@
+// What one instruction set offers the network: a table of kernels, filled by kernels_<isa>.cpp from microkernels.h.
+//
+// Activations are planes of `lanes` channels: [ceil(C / lanes)][pixels][lanes]. The lanes beyond C hold values that
+// nobody reads as channels, so no kernel needs a mask. Weights of 1x1 convolutions are panels of 2 vectors of
+// outputs (the last one 3 if their number is odd, 1 if there is only one): [input][vectors * lanes].
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace mbv2::cpu {
+
+struct Pointwise {
+    const float* weights;
+    const float* bias;
+    int64_t inputs;
+    int64_t vectors;  // ceil(outputs / lanes)
+    bool relu6;
+};
+
+struct Stem {
+    const float* weights;  // as of a 1x1 convolution with 27 inputs, in the order row, channel, column
+    const float* bias;
+    int64_t vectors;
+    const float* image;
+    int64_t channel_stride, row_stride, column_stride;  // of the picture, in floats; column_stride is 1 or 3
+    int64_t height, width;
+};
+
+struct Depthwise {
+    const float* weights;  // [vectors][9 taps, then bias][lanes]
+    int64_t stride;
+    int64_t width, out_width;
+};
+
+struct Kernels {
+    const char* name;
+    int lanes;
+
+    // Rows [0, rows) of one panel: out = clamp(in * weights + bias) + residual; residual may be null.
+    void (*pointwise)(const Pointwise&, int64_t panel, const float* in, int64_t in_plane, int64_t rows, float* out,
+                      int64_t out_plane, const float* residual, int64_t residual_plane);
+
+    // Row `row` of one panel of relu6(conv3x3(image) + bias), stride 2.
+    void (*stem)(const Stem&, int64_t panel, int64_t row, float* out, int64_t out_plane);
+
+    // One row of one vector of channels; of the three input rows those above and below the picture are null.
+    void (*depthwise)(const Depthwise&, int64_t vector, const float* const rows[3], float* out);
+
+    // Mean over `pixels` of one plane.
+    void (*mean)(const float* in, int64_t pixels, float* out);
+
+    // Nothing but `steps` * kPeakSums vector multiply-adds, for benchmarks; in and out are 2 vectors and 1.
+    void (*multiply_adds)(int64_t steps, const float* in, float* out);
+};
+
+constexpr int kPeakSums = 12;
+
+// Null where the compiler or the architecture has no such instructions.
+const Kernels* avx512_kernels();
+const Kernels* avx2_kernels();
+const Kernels* portable_kernels();
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t panels(int64_t vectors) { return vectors == 1 ? 1 : vectors / 2; }
+inline int64_t panel_vectors(int64_t vectors, int64_t panel) {
+    return panel + 1 < panels(vectors) ? 2 : vectors - 2 * panel;
+}
+
+}  // namespace mbv2::cpu

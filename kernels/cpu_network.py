@@ -1,0 +1,142 @@
+"""The whole network as one call on a CPU: packed once, then float32 inference through `mbv2._C`.
+
+`cpu_network` (csrc/ops.cpp, csrc/cpu/) runs stem, blocks, head and classifier without returning to Python between
+them. Its weights are packed for one instruction set: the best this machine has, or the one `MBV2_CPU_ISA` names
+(avx512, avx2, portable).
+"""
+
+import importlib
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mbv2.kernels.dispatch import BackendError
+
+ISAS = ("avx512", "avx2", "portable")
+
+
+class BlockShape(NamedTuple):
+    """Channels, stride and shortcut of one inverted residual block; the first block's input is the stem's output."""
+
+    inputs: int
+    hidden: int
+    outputs: int
+    stride: int
+    residual: bool
+
+
+class PackedNetwork(NamedTuple):
+    """A network ready to run: weights in the layout of instruction set `isa`, and its shape for the operator."""
+
+    packed: Tensor
+    plan: Tensor
+    classes: int
+    isa: str
+
+
+_error: ImportError | None = None
+_loaded = False
+
+
+def refusal() -> str | None:
+    """Why the compiled kernels cannot be used here, or None."""
+    global _error, _loaded
+    if _loaded:
+        return None
+    if _error is None:
+        try:
+            importlib.import_module("mbv2._C")
+        except ImportError as error:
+            _error = error
+        else:
+            torch.library.register_fake("mbv2::cpu_network", _fake)
+            _loaded = True
+            return None
+    return (
+        f"mbv2 has no compiled kernels here ({_error}); install it with a C++ compiler and torch present: "
+        "MBV2_BUILD=1 pip install --no-build-isolation <the source folder or sdist>"
+    )
+
+
+def isa() -> str:
+    """The instruction set that will be used.
+
+    Raises:
+        BackendError: no compiled kernels, or `MBV2_CPU_ISA` names what this machine cannot run.
+    """
+    _require()
+    try:
+        return torch.ops.mbv2.cpu_isa()
+    except RuntimeError as error:
+        raise BackendError(_first_line(error)) from None
+
+
+def state() -> str:
+    """The instruction set that will be used, or why there is none, in one sentence."""
+    try:
+        return isa()
+    except BackendError as error:
+        return f"not usable: {error}"
+
+
+def usable_isas() -> list[str]:
+    """The instruction sets that this build and machine can run, best first."""
+    _require()
+    asked = os.environ.get("MBV2_CPU_ISA")
+    usable = []
+    try:
+        for name in ISAS:
+            os.environ["MBV2_CPU_ISA"] = name
+            try:
+                usable.append(torch.ops.mbv2.cpu_isa())
+            except RuntimeError:
+                continue
+    finally:
+        if asked is None:
+            del os.environ["MBV2_CPU_ISA"]
+        else:
+            os.environ["MBV2_CPU_ISA"] = asked
+    return usable
+
+
+def pack(weights: Sequence[Tensor], blocks: Sequence[BlockShape], last_channels: int, classes: int) -> PackedNetwork:
+    """Lay out a network's float32 weights, BatchNorm folded in, for this machine.
+
+    Args:
+        weights: weight and bias of the stem; of each block's expand (the first block has none), depthwise and
+            project; of the head; of the classifier.
+        blocks: the blocks in order.
+        last_channels: outputs of the head.
+        classes: outputs of the classifier.
+
+    Raises:
+        BackendError: no compiled kernels, or `MBV2_CPU_ISA` names what this machine cannot run.
+        RuntimeError, ValueError: the weights do not have the blocks' shapes.
+    """
+    name = isa()
+    numbers = [classes, last_channels, *(int(number) for block in blocks for number in block)]
+    plan = torch.tensor(numbers, dtype=torch.int64)
+    packed = torch.ops.mbv2.cpu_pack_network([weight.detach() for weight in weights], plan, name)
+    return PackedNetwork(packed, plan, classes, name)
+
+
+def run(x: Tensor, network: PackedNetwork) -> Tensor:
+    """Float32 pictures [N, 3, H, W], NCHW or channels_last, on the CPU -> logits [N, classes]; no gradients."""
+    return torch.ops.mbv2.cpu_network(x, *network)
+
+
+def _fake(x: Tensor, packed: Tensor, plan: Tensor, classes: int, isa: str) -> Tensor:
+    return x.new_empty((x.shape[0], classes))
+
+
+def _require() -> None:
+    reason = refusal()
+    if reason is not None:
+        raise BackendError(reason)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
