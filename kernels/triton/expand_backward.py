@@ -18,7 +18,7 @@ from mbv2.kernels.triton.reduce import accumulator, row_programs, sum_parts
 CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
     "expand_backward": (
         {"BLOCK_M": 64, "BLOCK_H": 32, "BLOCK_C": 16, "num_warps": 2, "num_stages": 2},
-        {"BLOCK_M": 32, "BLOCK_H": 32, "BLOCK_C": 16, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_M": 16, "BLOCK_H": 32, "BLOCK_C": 16, "num_warps": 4, "num_stages": 2},
         {"BLOCK_M": 32, "BLOCK_H": 32, "BLOCK_C": 16, "num_warps": 2, "num_stages": 2},
         {"BLOCK_M": 64, "BLOCK_H": 16, "BLOCK_C": 32, "num_warps": 4, "num_stages": 2},
         {"BLOCK_M": 32, "BLOCK_H": 32, "BLOCK_C": 32, "num_warps": 4, "num_stages": 2},

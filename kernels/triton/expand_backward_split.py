@@ -14,9 +14,9 @@ CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
     "expand_backward_input": (
         {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_C": 32, "CHUNKS": 2, "num_warps": 4, "num_stages": 2},
         {"BLOCK_M": 64, "BLOCK_K": 32, "BLOCK_C": 64, "CHUNKS": 1, "num_warps": 4, "num_stages": 3},
-        {"BLOCK_M": 64, "BLOCK_K": 32, "BLOCK_C": 32, "CHUNKS": 3, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 64, "BLOCK_K": 32, "BLOCK_C": 32, "CHUNKS": 3, "num_warps": 4, "num_stages": 2},
         {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_C": 32, "CHUNKS": 3, "num_warps": 4, "num_stages": 2},
-        {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_C": 32, "CHUNKS": 5, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_C": 32, "CHUNKS": 5, "num_warps": 4, "num_stages": 3},
         {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_C": 32, "CHUNKS": 5, "num_warps": 8, "num_stages": 3},
         {"BLOCK_M": 64, "BLOCK_K": 32, "BLOCK_C": 32, "CHUNKS": 5, "num_warps": 4, "num_stages": 3},
         {"BLOCK_M": 64, "BLOCK_K": 32, "BLOCK_C": 64, "CHUNKS": 5, "num_warps": 8, "num_stages": 3},

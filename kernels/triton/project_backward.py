@@ -26,7 +26,7 @@ CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
         {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_O": 32, "FOLD": 4, "AFFINE": 0, "num_warps": 4, "num_stages": 2},
         {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_O": 32, "FOLD": 4, "AFFINE": 0, "num_warps": 8, "num_stages": 2},
         {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_O": 32, "FOLD": 1, "AFFINE": 1, "num_warps": 4, "num_stages": 2},
-        {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_O": 32, "FOLD": 1, "AFFINE": 1, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_O": 16, "FOLD": 1, "AFFINE": 1, "num_warps": 4, "num_stages": 2},
         {"SPLIT": 1},
     ),
 }
