@@ -77,9 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=("plan", "report", "check"))
     parser.add_argument("--arch", type=int, nargs="*", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--dtype", nargs="*", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument(
-        "--all", action="store_true", help="kernels of all networks, not the full-width one's only"
-    )
+    parser.add_argument("--all", action="store_true", help="kernels of all networks, not the full-width one's only")
     parser.add_argument("--kernel", nargs="*", help="plan: these kernels only")
     parser.add_argument("--bytes", type=int, nargs="*", default=[2, 4], help="plan: for these sizes of an activation")
     arguments = parser.parse_args(argv)
