@@ -1,6 +1,7 @@
 #include "network.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -162,6 +163,26 @@ struct BlockRun {
     }
 };
 
+// Adds the time since it was made or last asked to a part.
+class Watch {
+ public:
+    explicit Watch(Times* times) : times_(times) {
+        if (times_ != nullptr) start_ = Clock::now();
+    }
+
+    void part(int64_t index) {
+        if (times_ == nullptr) return;
+        const Clock::time_point now = Clock::now();
+        times_->parts[index] += std::chrono::duration<double>(now - start_).count();
+        start_ = now;
+    }
+
+ private:
+    using Clock = std::chrono::steady_clock;
+    Times* times_;
+    Clock::time_point start_;
+};
+
 template <class Body>
 void parallel(const Threads& threads, int64_t count, const Body& body) {
     if (threads.count == 1 || count == 1) return body(int64_t{0}, count);
@@ -209,7 +230,7 @@ int64_t activation_size(const Plan& plan, int64_t lanes, int64_t height, int64_t
 
 // Everything up to the pooled features of picture `n`, into planes [last channels / lanes][batch][lanes].
 void features(const Plan& plan, const Network& network, const Kernels& kernels, const Image& image, int64_t n,
-              const Threads& threads, float* pooled) {
+              const Threads& threads, float* pooled, Watch& watch) {
     const int64_t lanes = kernels.lanes;
     int64_t height = halved(image.height), width = halved(image.width);
     const int64_t size = activation_size(plan, lanes, height, width);
@@ -232,6 +253,7 @@ void features(const Plan& plan, const Network& network, const Kernels& kernels, 
                                 plan.blocks[i].stride,
                                 plan.blocks[i].residual};
         run_block(block, threads);
+        watch.part(i);
         height = block.out_height();
         width = block.out_width();
         std::swap(in, out);
@@ -246,6 +268,7 @@ void features(const Plan& plan, const Network& network, const Kernels& kernels, 
             }
         }
     });
+    watch.part(plan.block_count);
 }
 
 void classify(const Plan& plan, const Network& network, const Kernels& kernels, const float* pooled, int64_t batch,
@@ -269,7 +292,7 @@ void classify(const Plan& plan, const Network& network, const Kernels& kernels, 
 }  // namespace
 
 void run(const Plan& plan, const Kernels& kernels, const float* packed, const Image& image, const Threads& threads,
-         float* logits) {
+         float* logits, Times* times) {
     const Network network(plan, kernels, packed);
     float* pooled = scratch.pooled.get(network.head.vectors * kernels.lanes * image.batch);
     // As many pictures as divide evenly go one to a thread; the rest are each shared between all threads.
@@ -277,11 +300,14 @@ void run(const Plan& plan, const Kernels& kernels, const float* packed, const Im
     if (apart > 0) {
         const Threads alone = {1, nullptr};
         parallel(threads, apart, [&](int64_t begin, int64_t end) {
-            for (int64_t n = begin; n < end; ++n) features(plan, network, kernels, image, n, alone, pooled);
+            Watch watch(times);
+            for (int64_t n = begin; n < end; ++n) features(plan, network, kernels, image, n, alone, pooled, watch);
         });
     }
-    for (int64_t n = apart; n < image.batch; ++n) features(plan, network, kernels, image, n, threads, pooled);
+    Watch watch(times);
+    for (int64_t n = apart; n < image.batch; ++n) features(plan, network, kernels, image, n, threads, pooled, watch);
     classify(plan, network, kernels, pooled, image.batch, threads, logits);
+    watch.part(plan.block_count + 1);
 }
 
 }  // namespace mbv2::cpu
