@@ -30,7 +30,8 @@ struct Stem {
 struct Depthwise {
     const float* weights;  // [vectors][9 taps, then bias][lanes]
     int64_t stride;
-    int64_t width, out_width;
+    int64_t height, width, out_width;
+    int64_t ring;  // rows held of the input: row r lies in place r % ring
 };
 
 struct Kernels {
@@ -44,8 +45,8 @@ struct Kernels {
     // Row `row` of one panel of relu6(conv3x3(image) + bias), stride 2.
     void (*stem)(const Stem&, int64_t panel, int64_t row, float* out, int64_t out_plane);
 
-    // One row of one vector of channels; of the three input rows those above and below the picture are null.
-    void (*depthwise)(const Depthwise&, int64_t vector, const float* const rows[3], float* out);
+    // Output rows [first, last) of one vector of channels; `in` is where row 0's place is, row `first` goes to `out`.
+    void (*depthwise)(const Depthwise&, int64_t vector, const float* in, int64_t first, int64_t last, float* out);
 
     // Mean over `pixels` of one plane.
     void (*mean)(const float* in, int64_t pixels, float* out);

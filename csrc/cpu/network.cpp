@@ -102,17 +102,10 @@ struct BlockRun {
     // Output rows [first, last) of the depthwise convolution of one panel; the first goes to the start of `to`.
     void convolve(int64_t panel, int64_t first, int64_t last, int64_t ring, const float* hidden, float* to,
                   int64_t to_plane) const {
-        const Depthwise conv = {depthwise_weights, stride, width, out_width()};
+        const Depthwise conv = {depthwise_weights, stride, height, width, out_width(), ring};
         for (int64_t v = 0; v < panel_vectors(expand.vectors, panel); ++v) {
             const float* plane = hidden + v * ring * width * lanes();
-            for (int64_t y = first; y < last; ++y) {
-                const float* rows[3];
-                for (int64_t r = 0; r < 3; ++r) {
-                    const int64_t row = y * stride + r - 1;
-                    rows[r] = row < 0 || row >= height ? nullptr : plane + row % ring * width * lanes();
-                }
-                kernels.depthwise(conv, 2 * panel + v, rows, to + v * to_plane + (y - first) * out_width() * lanes());
-            }
+            kernels.depthwise(conv, 2 * panel + v, plane, first, last, to + v * to_plane);
         }
     }
 
