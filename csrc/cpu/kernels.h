@@ -1,8 +1,8 @@
 // What one instruction set offers the network: a table of kernels, filled by kernels_<isa>.cpp from microkernels.h.
 //
 // Activations are planes of `lanes` channels: [ceil(C / lanes)][pixels][lanes]. The lanes beyond C hold values that
-// nobody reads as channels, so no kernel needs a mask. Weights of 1x1 convolutions are panels of 2 vectors of
-// outputs (the last one 3 if their number is odd, 1 if there is only one): [input][vectors * lanes].
+// nobody reads as channels, so no kernel needs a mask. Weights of 1x1 convolutions are panels of 1 to 3 vectors of
+// outputs: [input][vectors * lanes].
 #pragma once
 
 #include <cstddef>
@@ -10,18 +10,35 @@
 
 namespace mbv2::cpu {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How vectors of outputs are cut into panels: as many of the width that the instruction set likes as possible.
+struct Panels {
+    int64_t vectors = 0, count = 0;
+
+    Panels() = default;
+    Panels(int64_t vectors, int width)
+        : vectors(vectors), count(width == 2 ? (vectors < 2 ? 1 : vectors / 2) : ceil_div(vectors, width)) {}
+
+    int64_t size(int64_t panel) const { return vectors / count + (panel < vectors % count); }
+    int64_t first(int64_t panel) const {
+        const int64_t wider = vectors % count;
+        return panel * (vectors / count) + (panel < wider ? panel : wider);
+    }
+};
+
 struct Pointwise {
     const float* weights;
     const float* bias;
     int64_t inputs;
-    int64_t vectors;  // ceil(outputs / lanes)
+    Panels panels;  // of ceil(outputs / lanes) vectors
     bool relu6;
 };
 
 struct Stem {
     const float* weights;  // as of a 1x1 convolution with 27 inputs, in the order row, channel, column
     const float* bias;
-    int64_t vectors;
+    Panels panels;
     const float* image;
     int64_t channel_stride, row_stride, column_stride;  // of the picture, in floats; column_stride is 1 or 3
     int64_t height, width;
@@ -37,6 +54,7 @@ struct Depthwise {
 struct Kernels {
     const char* name;
     int lanes;
+    int panel;  // vectors of outputs in most panels
 
     // Rows [0, rows) of one panel: out = clamp(in * weights + bias) + residual; residual may be null.
     void (*pointwise)(const Pointwise&, int64_t panel, const float* in, int64_t in_plane, int64_t rows, float* out,
@@ -61,11 +79,5 @@ constexpr int kPeakSums = 12;
 const Kernels* avx512_kernels();
 const Kernels* avx2_kernels();
 const Kernels* portable_kernels();
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t panels(int64_t vectors) { return vectors == 1 ? 1 : vectors / 2; }
-inline int64_t panel_vectors(int64_t vectors, int64_t panel) {
-    return panel + 1 < panels(vectors) ? 2 : vectors - 2 * panel;
-}
 
 }  // namespace mbv2::cpu

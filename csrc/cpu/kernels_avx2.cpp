@@ -12,6 +12,7 @@ namespace {
 struct Avx2 {
     using Type = __m256;
     static constexpr int lanes = 8;
+    static constexpr int panel = 3;
     static constexpr int rows[3] = {12, 6, 4};
     static constexpr int unroll = 8;
     static constexpr int lines_ahead = 1;

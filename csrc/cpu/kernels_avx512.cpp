@@ -12,6 +12,7 @@ namespace {
 struct Avx512 {
     using Type = __m512;
     static constexpr int lanes = 16;
+    static constexpr int panel = 2;
     static constexpr int rows[3] = {14, 14, 9};
     static constexpr int unroll = 4;
     static constexpr int lines_ahead = 0;

@@ -7,6 +7,7 @@ namespace {
 struct Portable {
     typedef float Type __attribute__((vector_size(16)));
     static constexpr int lanes = 4;
+    static constexpr int panel = 2;
     static constexpr int rows[3] = {8, 5, 3};
     static constexpr int unroll = 4;
     static constexpr int lines_ahead = 0;

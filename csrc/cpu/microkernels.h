@@ -3,7 +3,7 @@
 // Everything is in an unnamed namespace and nothing of the standard library is used: a shared inline function could
 // be linked from the unit with the most demanding instructions and then run on a machine that lacks them.
 //
-// V has: lanes; Type; load, store (aligned), broadcast, fma(a, b, c) = a * b + c, add, scale, relu6 (NaN passes); and
+// V has: lanes; panel, the vectors of outputs in most panels; Type; load, store (aligned), broadcast, fma(a, b, c) = a * b + c, add, scale, relu6 (NaN passes); and
 // rows[n - 1]: how many rows of n accumulators fit the registers beside n weights and one broadcast.
 #pragma once
 
@@ -148,8 +148,8 @@ template <class V, int Vectors>
 void pointwise_panel(const Pointwise& conv, int64_t panel, const float* in, int64_t in_plane, int64_t rows, float* out,
                      int64_t out_plane, const float* residual, int64_t residual_plane) {
     constexpr int kMost = V::rows[Vectors - 1];
-    const float* weights = conv.weights + panel * 2 * V::lanes * conv.inputs;
-    const float* bias = conv.bias + panel * 2 * V::lanes;
+    const float* weights = conv.weights + conv.panels.first(panel) * V::lanes * conv.inputs;
+    const float* bias = conv.bias + conv.panels.first(panel) * V::lanes;
     const float* ahead = weights + Vectors * V::lanes * conv.inputs;
     Planes planes = {in, conv.inputs / V::lanes, in_plane, conv.inputs % V::lanes};
     // Tiles of nearly equal height: a last tile of one row would run at the latency of its additions.
@@ -169,7 +169,7 @@ void pointwise_panel(const Pointwise& conv, int64_t panel, const float* in, int6
 template <class V>
 void pointwise(const Pointwise& conv, int64_t panel, const float* in, int64_t in_plane, int64_t rows, float* out,
                int64_t out_plane, const float* residual, int64_t residual_plane) {
-    switch (panel_vectors(conv.vectors, panel)) {
+    switch (conv.panels.size(panel)) {
         case 1:
             return pointwise_panel<V, 1>(conv, panel, in, in_plane, rows, out, out_plane, residual, residual_plane);
         case 2:
@@ -204,8 +204,8 @@ void stem_interior(const Patch& rows, const float* weights, const float* bias, i
 template <class V, int Vectors>
 void stem_panel(const Stem& stem, int64_t panel, int64_t row, float* out, int64_t out_plane) {
     const int64_t y = 2 * row - 1, top = y < 0 ? 1 : 0, bottom = y + 3 > stem.height ? stem.height - y : 3;
-    const float* weights = stem.weights + (panel * 2 * 27 + top * 9 * Vectors) * V::lanes;
-    const float* bias = stem.bias + panel * 2 * V::lanes;
+    const float* weights = stem.weights + (stem.panels.first(panel) * 27 + top * 9 * Vectors) * V::lanes;
+    const float* bias = stem.bias + stem.panels.first(panel) * V::lanes;
     const Patch rows = {stem.image + (y + top) * stem.row_stride, bottom - top, stem.row_stride, stem.channel_stride};
     const int64_t out_width = ceil_div(stem.width, 2), last = stem.width / 2;
     if (last > 1) {
@@ -231,7 +231,7 @@ void stem_panel(const Stem& stem, int64_t panel, int64_t row, float* out, int64_
 
 template <class V>
 void stem(const Stem& stem, int64_t panel, int64_t row, float* out, int64_t out_plane) {
-    switch (panel_vectors(stem.vectors, panel)) {
+    switch (stem.panels.size(panel)) {
         case 1:
             return stem_panel<V, 1>(stem, panel, row, out, out_plane);
         case 2:
@@ -341,7 +341,7 @@ void multiply_adds(int64_t steps, const float* in, float* out) {
 
 template <class V>
 constexpr Kernels kernels_of(const char* name) {
-    return {name, V::lanes, pointwise<V>, stem<V>, depthwise<V>, mean<V>, multiply_adds<V>};
+    return {name, V::lanes, V::panel, pointwise<V>, stem<V>, depthwise<V>, mean<V>, multiply_adds<V>};
 }
 
 }  // namespace
