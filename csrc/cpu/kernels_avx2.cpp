@@ -13,7 +13,8 @@ struct Avx2 {
     using Type = __m256;
     static constexpr int lanes = 8;
     static constexpr int panel = 3;
-    static constexpr int rows[3] = {12, 6, 4};
+    // Four rows though more would fit: measured on Zen 3, 6 x 2 loses 30 cycles a tile that 4 x 2 and 4 x 3 do not.
+    static constexpr int rows[3] = {8, 4, 4};
     static constexpr int unroll = 8;
     static constexpr int lines_ahead = 1;
 

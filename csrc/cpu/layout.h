@@ -10,7 +10,8 @@ constexpr int64_t kStemInputs = 27;
 // Sections of the packed weights, each aligned to 64 bytes, handed out in the order of `weight_sizes`.
 class Sections {
  public:
-    explicit Sections(const Kernels& kernels, const float* packed = nullptr) : lanes_(kernels.lanes), panel_(kernels.panel), packed_(packed) {}
+    explicit Sections(const Kernels& kernels, const float* packed = nullptr)
+        : lanes_(kernels.lanes), panel_(kernels.panel), packed_(packed) {}
 
     Pointwise pointwise(int64_t inputs, int64_t outputs, bool relu6) {
         const int64_t vectors = ceil_div(outputs, lanes_);

@@ -3,8 +3,9 @@
 // Everything is in an unnamed namespace and nothing of the standard library is used: a shared inline function could
 // be linked from the unit with the most demanding instructions and then run on a machine that lacks them.
 //
-// V has: lanes; panel, the vectors of outputs in most panels; Type; load, store (aligned), broadcast, fma(a, b, c) = a * b + c, add, scale, relu6 (NaN passes); and
-// rows[n - 1]: how many rows of n accumulators fit the registers beside n weights and one broadcast.
+// V has: lanes; panel, the vectors of outputs in most panels; Type; load, store (aligned), broadcast, fma(a, b, c) = a
+// * b + c, add, scale, relu6 (NaN passes); and rows[n - 1]: how many rows of n accumulators fit the registers beside n
+// weights and one broadcast.
 #pragma once
 
 #include "kernels.h"
@@ -51,7 +52,8 @@ inline __attribute__((always_inline)) void sum(Accumulators<V, Rows, Vectors>& a
     for (int64_t i = in.full; i > 0; --i, a += in.stride, ahead += 16 * V::lines_ahead) {
         MBV2_UNROLL for (int line = 0; line < V::lines_ahead; ++line) __builtin_prefetch(ahead + 16 * line, 0, 2);
         for (int k = 0; k < V::lanes; k += V::unroll, b += V::unroll * kWidth) {
-            MBV2_UNROLL for (int u = 0; u < V::unroll; ++u) multiply<V, Rows, Vectors, V::lanes>(acc, a + k + u, b + u * kWidth);
+            MBV2_UNROLL for (int u = 0; u < V::unroll; ++u)
+                multiply<V, Rows, Vectors, V::lanes>(acc, a + k + u, b + u * kWidth);
         }
     }
     for (int64_t k = 0; k < in.tail; ++k, ++a, b += kWidth) multiply<V, Rows, Vectors, V::lanes>(acc, a, b);

@@ -199,8 +199,7 @@ void run_block(const BlockRun& block, const Threads& threads) {
         float* hidden = scratch.hidden.get(3 * block.lanes() * block.height * block.width);
         for (int64_t p = begin; p < end; ++p) {
             block.make_hidden(p, 0, block.height, block.height, hidden);
-            block.convolve(p, 0, height, block.height, hidden,
-                           tile + block.expand.panels.first(p) * plane, plane);
+            block.convolve(p, 0, height, block.height, hidden, tile + block.expand.panels.first(p) * plane, plane);
         }
     });
     const int64_t pieces = std::min<int64_t>(threads.count, ceil_div(pixels, 8));
@@ -232,7 +231,7 @@ void features(const Plan& plan, const Network& network, const Kernels& kernels, 
     float* in = scratch.activations[0].get(size);
     float* out = scratch.activations[1].get(size);
     const Pointwise& first = network.expand[0];
-    const Stem stem = {first.weights,        first.bias,       first.panels,       image.data + n * image.batch_stride,
+    const Stem stem = {first.weights,        first.bias,       first.panels,        image.data + n * image.batch_stride,
                        image.channel_stride, image.row_stride, image.column_stride, image.height,
                        image.width};
     for (int64_t i = 0; i < plan.block_count; ++i) {
@@ -259,7 +258,8 @@ void features(const Plan& plan, const Network& network, const Kernels& kernels, 
         for (int64_t p = begin; p < end; ++p) {
             kernels.pointwise(network.head, p, in, pixels * lanes, pixels, hidden, pixels * lanes, nullptr, 0);
             for (int64_t v = 0; v < network.head.panels.size(p); ++v) {
-                kernels.mean(hidden + v * pixels * lanes, pixels, pooled + ((network.head.panels.first(p) + v) * image.batch + n) * lanes);
+                kernels.mean(hidden + v * pixels * lanes, pixels,
+                             pooled + ((network.head.panels.first(p) + v) * image.batch + n) * lanes);
             }
         }
     });

@@ -38,8 +38,8 @@ struct Threads {
     void (*run)(int64_t count, void* context, void (*body)(void* context, int64_t begin, int64_t end));
 };
 
-// Seconds that the parts of a run took, for benchmarks: the blocks in order (the stem is in the first), the head with the
-// pooling, the classifier.
+// Seconds that the parts of a run took, for benchmarks: the blocks in order (the stem is in the first), the head with
+// the pooling, the classifier.
 struct Times {
     double parts[Plan::kMostBlocks + 2];
 };
