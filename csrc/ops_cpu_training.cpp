@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
+#include <ATen/ops/from_blob.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -11,6 +12,7 @@
 #include <optional>
 #include <tuple>
 
+#include "cpu/train_memory.h"
 #include "cpu/train_stages.h"
 
 namespace mbv2 {
@@ -71,7 +73,13 @@ Tensor dense_like(const Tensor& x, const Tensor& like) {
 }
 
 Tensor new_dense(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
-    return at::empty({n, h, w, c}, like.options().memory_format(at::MemoryFormat::Contiguous)).permute({0, 3, 1, 2});
+    const int64_t bytes = n * c * h * w * like.element_size();
+    if (bytes < cpu::train::kLeastPooled) {
+        const auto options = like.options().memory_format(at::MemoryFormat::Contiguous);
+        return at::empty({n, h, w, c}, options).permute({0, 3, 1, 2});
+    }
+    void* const memory = cpu::train::borrow(bytes);
+    return at::from_blob(memory, {n, c, h, w}, {c * h * w, 1, w * c, c}, cpu::train::give_back, like.options());
 }
 Tensor new_like(const Tensor& x) { return new_dense(x, x.size(0), x.size(1), x.size(2), x.size(3)); }
 
@@ -408,7 +416,14 @@ Tensor head_folded(const Tensor& x, const Tensor& weight, const Tensor& bias) {
     return pooled;
 }
 
+std::tuple<int64_t, int64_t> memory() {
+    const cpu::train::PoolState state = cpu::train::pool_state();
+    return {state.used, state.peak};
+}
+
 TORCH_LIBRARY_FRAGMENT(mbv2, library) {
+    library.def("cpu_stage_memory() -> (int, int)", memory);
+    library.def("cpu_stage_release_memory() -> ()", cpu::train::release_idle);
     library.def("cpu_stage_pointwise(Tensor x, Tensor? bn, Tensor weight) -> (Tensor, Tensor)");
     library.def("cpu_stage_stem(Tensor x, Tensor weight, int stride) -> (Tensor, Tensor)");
     library.def("cpu_stage_depthwise(Tensor y1, Tensor? bn1, Tensor weight, int stride) -> (Tensor, Tensor)");
