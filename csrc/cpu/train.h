@@ -2,8 +2,7 @@
 //
 // Activations are dense rows of C channels (NHWC memory) of type T; arithmetic is float. A task works on a range of
 // rows or of picture rows and leaves its own part of statistics and of weight gradients, so that how the work is cut,
-// and with it every bit of the result, depends on the shape alone. Vectors of channels (bn, coef, moments, sums,
-// depthwise weights) are padded to `padded(C)` floats; rows of bn, coef and so on are as in kernels/layout.py.
+// and with it every bit of the result, depends on the shape alone. Vectors of channels (bn, coef, moments, sums) are padded to `padded(C)` floats; rows of bn, coef and so on are as in kernels/layout.py.
 //
 // Weights of 1x1 convolutions are panels of 2 vectors (the last one 3 if their number is odd, 1 if it is the only
 // one) along one of their sides: [panel][length of the other side][vectors * lanes], as `pack` writes them. Gradients
@@ -50,6 +49,7 @@ struct Forward {
     const float* weights;       // panels of outputs, length inputs
     int64_t inputs, outputs;
     T* y;
+    bool stream;  // y is larger than the caches
 };
 
 // dz2 = mask(dy3 * weights), its sums, and dweight = dy3^T * relu6(bn2(y2)), with dy3 = A * grad + B * y3 + C.
@@ -82,7 +82,7 @@ template <class T>
 struct DepthwiseForward {
     const T* x;
     const float* bn;
-    const float* weights;  // [9][padded(channels)]
+    const float* weights;  // [vectors][9][lanes]
     T* y;
     const float* bias;  // not null: relu6(conv + bias) for inference, no moments
     int64_t channels, height, width, stride, out_height, out_width;
@@ -95,7 +95,7 @@ struct DepthwiseBackward {
     const float* coef2;
     const T* y1;
     const float* bn1;
-    const float* weights;  // [9][padded(channels)]
+    const float* weights;  // [vectors][9][lanes]
     T* dz1;
     int64_t channels, height, width, stride, out_height, out_width;
 };
@@ -126,7 +126,7 @@ struct Tasks {
     // Rows [first, last) of the output of picture n.
     void (*depthwise)(const DepthwiseForward<T>&, int64_t n, int64_t first, int64_t last, float* moments,
                       float* scratch);
-    // Rows [first, last) of the input of picture n, first even. sums [2][C], dweight [9][C], both padded.
+    // Rows [first, last) of the input of picture n, first even. sums [2][padded(C)], dweight [vectors][9][lanes].
     void (*depthwise_backward)(const DepthwiseBackward<T>&, int64_t n, int64_t first, int64_t last, float* sums,
                                float* dweight, float* scratch);
     void (*folded)(const Folded<T>&, int64_t first, int64_t last, float* scratch);

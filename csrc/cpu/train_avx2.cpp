@@ -30,6 +30,9 @@ struct Avx2 {
 
     static Type load(const float* p) { return _mm256_loadu_ps(p); }
     static void store(float* p, Type x) { _mm256_storeu_ps(p, x); }
+    static void stream(float* p, Type x) { _mm256_stream_ps(p, x); }
+    static void stream(bf16* p, Type x) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrowed(x)); }
+    static void fence() { _mm_sfence(); }
     static __m256i mask(int64_t n) {
         return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
     }

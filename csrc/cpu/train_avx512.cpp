@@ -30,6 +30,9 @@ struct Avx512 {
 
     static Type load(const float* p) { return _mm512_loadu_ps(p); }
     static void store(float* p, Type x) { _mm512_storeu_ps(p, x); }
+    static void stream(float* p, Type x) { _mm512_stream_ps(p, x); }
+    static void stream(bf16* p, Type x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrowed(x)); }
+    static void fence() { _mm_sfence(); }
     static __mmask16 mask(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
     static Type load_part(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(mask(n), p); }
     static void store_part(float* p, Type x, int64_t n) { _mm512_mask_storeu_ps(p, mask(n), x); }

@@ -28,14 +28,18 @@ int64_t prepared_floats(const Machine& machine, const Weight<const T>& weight) {
     return padded(panels_floats(weight, Along::outputs, machine.kernels.lanes)) + padded(weight.outputs);
 }
 
-// Weight [9][C], then bias [C], both padded.
+// A depthwise weight, then its bias, padded: where that is.
 template <class T>
-void prepare_taps(const Weight<const T>& weight, const float* bias, float* at) {
-    for (int64_t t = 0; t < 9; ++t, at += padded(weight.outputs)) {
-        for (int64_t c = 0; c < weight.outputs; ++c) at[c] = as_float(*weight.at(c, t));
-        std::fill(at + weight.outputs, at + padded(weight.outputs), 0.0f);
-    }
-    pad(bias, 1, weight.outputs, at);
+float* prepare_taps(const Machine& machine, const Weight<const T>& weight, const float* bias, float* at) {
+    const int64_t lanes = machine.kernels.lanes;
+    pack_taps(weight, lanes, at);
+    pad(bias, 1, weight.outputs, at + padded(taps_floats(weight.outputs, lanes)));
+    return at + padded(taps_floats(weight.outputs, lanes));
+}
+
+// Floats of both.
+inline int64_t prepared_taps(const Machine& machine, int64_t channels) {
+    return padded(taps_floats(channels, machine.kernels.lanes)) + padded(channels);
 }
 
 template <class T>
@@ -83,10 +87,9 @@ void stem_folded(const Machine& machine, const T* x, const Pictures& p, const We
 template <class T>
 void depthwise_folded(const Machine& machine, const T* x, const Pictures& p, const Weight<const T>& weight,
                       const float* bias, T* y) {
-    const int64_t wide = padded(p.channels);
-    float* taps = memory.weights.get(10 * wide);
-    prepare_taps(weight, bias, taps);
-    const DepthwiseForward<T> conv = {x,        nullptr, taps,     y,              taps + 9 * wide, p.channels,
+    float* taps = memory.weights.get(prepared_taps(machine, p.channels));
+    const float* shift = prepare_taps(machine, weight, bias, taps);
+    const DepthwiseForward<T> conv = {x,        nullptr, taps,     y,              shift,        p.channels,
                                       p.height, p.width, p.stride, p.out_height(), p.out_width()};
     const Bands bands = {conv.out_height, std::max<int64_t>(8, ceil_div(conv.out_height, 4))};
     run_tasks(machine, p.batch * bands.per_picture(), depthwise_scratch(p.channels, p.width),
@@ -100,13 +103,13 @@ template <class T>
 void block_folded(const Machine& machine, const T* x, const Pictures& p, const Weight<const T>* expand,
                   const float* bias1, const Weight<const T>& depthwise, const float* bias2,
                   const Weight<const T>& project, const float* bias3, bool residual, T* y) {
-    const int64_t hidden = depthwise.outputs, wide = padded(hidden), outputs = project.outputs;
+    const int64_t hidden = depthwise.outputs, outputs = project.outputs;
     const int64_t out_height = p.out_height(), out_width = p.out_width();
-    float* at = memory.weights.get(10 * wide + (expand == nullptr ? 0 : prepared_floats(machine, *expand)) +
+    float* at = memory.weights.get(prepared_taps(machine, hidden) + (expand == nullptr ? 0 : prepared_floats(machine, *expand)) +
                                    prepared_floats(machine, project));
     float* taps = at;
-    prepare_taps(depthwise, bias2, taps);
-    at += 10 * wide;
+    const float* shift = prepare_taps(machine, depthwise, bias2, taps);
+    at += prepared_taps(machine, hidden);
     const Folded<T> first = expand == nullptr ? Folded<T>{} : prepared(machine, *expand, bias1, true, at);
     const Folded<T> last = prepared(machine, project, bias3, false, at);
 
@@ -135,7 +138,7 @@ void block_folded(const Machine& machine, const T* x, const Pictures& p, const W
             from = made;
         }
         T* middle = reinterpret_cast<T*>(scratch + own + before) - begin * out_width * hidden;
-        const DepthwiseForward<T> conv = {from,     nullptr, taps,     middle,     taps + 9 * wide, hidden,
+        const DepthwiseForward<T> conv = {from,     nullptr, taps,     middle,     shift,        hidden,
                                           p.height, p.width, p.stride, out_height, out_width};
         run.depthwise(conv, 0, begin, end, nullptr, scratch);
         Folded<T> final = last;

@@ -3,8 +3,8 @@
 // Like microkernels.h this is compiled once for each instruction set; everything is in an unnamed namespace and uses
 // nothing of the standard library. V has: lanes; Type; rows[n - 1], how many rows of n accumulators fit the
 // registers; zero, load, store, broadcast, set, fma, add, sub, mul, relu6 (NaN passes), inside(x, z) = x where
-// 0 < z < 6 or z is NaN, else 0; load and store also of bf16; round<T>, to the values that T has; and load_part,
-// store_part of the first n lanes.
+// 0 < z < 6 or z is NaN, else 0; load and store also of bf16; round<T>, to the values that T has; load_part,
+// store_part of the first n lanes; stream, a store past the caches, and fence after a run of them.
 #pragma once
 
 #include "train.h"

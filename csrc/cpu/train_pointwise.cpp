@@ -6,6 +6,8 @@ namespace {
 
 // A task's share of a weight's gradient that stays in its core's cache.
 constexpr int64_t kResident = 32 * 1024;
+// Bytes of a result beyond which little of it would be in a cache when the next stage reads it.
+constexpr int64_t kCached = 24 << 20;
 
 template <class T>
 Patches<T> patches_of(const T* x, const Pictures& p) {
@@ -20,6 +22,7 @@ void forward(const Machine& machine, Forward<T> conv, const float* bn, const Wei
     float* packed = memory.weights.get(panels_floats(weight, Along::outputs, machine.kernels.lanes));
     pack(machine, weight, Along::outputs, packed);
     conv.weights = packed;
+    conv.stream = rows * conv.outputs * static_cast<int64_t>(sizeof(T)) > kCached;
     if (bn != nullptr) {
         float* wide_bn = memory.vectors.get(6 * padded(conv.inputs));
         pad(bn, 6, conv.inputs, wide_bn);

@@ -13,6 +13,7 @@ void forward(const Forward<T>& conv, int64_t first, int64_t last, float* moments
     const int64_t inputs = conv.inputs, outputs = conv.outputs, vectors = ceil_div(outputs, V::lanes);
     const int64_t stride = tile_stride(inputs);
     float *tile = scratch, *panel = tile + kRows * stride;
+    const bool stream = conv.stream && outputs * sizeof(T) % 64 == 0 && reinterpret_cast<uintptr_t>(conv.y) % 64 == 0;
     for (int64_t row = first; row < last; row += kRows) {
         const int64_t rows = least(kRows, last - row);
         const float* a = tile;
@@ -28,16 +29,17 @@ void forward(const Forward<T>& conv, int64_t first, int64_t last, float* moments
         for (int64_t p = 0; p < panels(vectors); ++p) {
             const int64_t column = 2 * p * V::lanes, count = panel_vectors(vectors, p);
             gemm<V, false>(a, a_stride, rows, inputs, conv.weights + column * inputs, count, panel, false);
-            emit<V>(panel, count, rows, column, outputs, conv.y + row * outputs, moments, row - first);
+            emit<V>(panel, count, rows, column, outputs, conv.y + row * outputs, moments, row - first, stream);
         }
     }
+    if (stream) V::fence();
     for (int64_t c = 0; c < padded(outputs); ++c) moments[c] = static_cast<float>(last - first);
 }
 
 // da2 in `panel` -> dz2 and sums, and relu6(bn2(y2)) -> `activation`, for rows of one vector of channels.
 template <class V, class T, bool Gradient, bool Activation>
 void mask_vector(const ProjectBackward<T>& conv, int64_t row, int64_t rows, int64_t c, const float* panel,
-                 float* activation, int64_t width, float* sums, bool add) {
+                 float* activation, int64_t width, float* sums, bool add, bool ahead) {
     const int64_t hidden = conv.hidden, wide = padded(hidden), n = hidden - c;
     const typename V::Type mean = V::load(conv.bn2 + kMean * wide + c), scale = V::load(conv.bn2 + kScale * wide + c);
     const typename V::Type shift = V::load(conv.bn2 + kShift * wide + c);
@@ -45,6 +47,11 @@ void mask_vector(const ProjectBackward<T>& conv, int64_t row, int64_t rows, int6
     const T* y = conv.y2 + row * hidden + c;
     T* out = conv.dz2 + row * hidden + c;
     const auto take = [&](int64_t r, int half) __attribute__((always_inline)) {
+        // The same channels of the next tile: no hardware follows columns.
+        if (ahead) {
+            __builtin_prefetch(y + (r + kRows) * hidden, 0, 2);
+            if constexpr (Gradient) __builtin_prefetch(out + (r + kRows) * hidden, 0, 2);
+        }
         const typename V::Type value = load_n<V>(y + r * hidden, n), z = V::fma(value, scale, shift);
         if constexpr (Activation) V::store(activation + r * width, V::relu6(z));
         if constexpr (Gradient) {
@@ -88,7 +95,8 @@ void project_backward(const ProjectBackward<T>& conv, int64_t first, int64_t las
             }
             for (int64_t v = 0; v < count; ++v) {
                 const int64_t at = v * V::lanes;
-                mask(conv, row, rows, column + at, panel + at, activation + at, width, sums, row > first);
+                mask(conv, row, rows, column + at, panel + at, activation + at, width, sums, row > first,
+                     v % 2 == 0 && row + 2 * kRows <= last);
             }
             if (weight) {
                 gemm<V, true>(tile, stride, outputs, rows, activation, count, dweight + column * outputs, row > first);

@@ -30,6 +30,12 @@ struct Portable {
 
     static Type load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
     static void store(float* p, Type x) { *reinterpret_cast<Unaligned*>(p) = x; }
+    // No portable way past the caches.
+    template <class T>
+    static void stream(T* p, Type x) {
+        store(p, x);
+    }
+    static void fence() {}
     static Type load_part(const float* p, int64_t n) {
         Type all = {};
         for (int64_t i = 0; i < n; ++i) all[i] = p[i];

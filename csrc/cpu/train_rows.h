@@ -17,17 +17,20 @@ inline void store_n(T* p, typename V::Type x, int64_t n) {
     n >= V::lanes ? V::store(p, x) : V::store_part(p, x, n);
 }
 
-// relu6(bn(x)), or x as it is where bn is null, of `rows` rows -> tile.
+// relu6(bn(x)), or x as it is where bn is null, of `rows` rows -> tile; the tile's rows are `stride` apart, the vectors
+// of a row `next`.
 template <class V, class T>
-void activate(const T* x, const float* bn, int64_t rows, int64_t channels, float* tile, int64_t stride) {
+void activate(const T* x, const float* bn, int64_t rows, int64_t channels, float* tile, int64_t stride,
+              int64_t next = V::lanes) {
     const int64_t wide = padded(channels);
     for (int64_t r = 0; r < rows; ++r, x += channels, tile += stride) {
-        for (int64_t c = 0; c < channels; c += V::lanes) {
+        float* to = tile;
+        for (int64_t c = 0; c < channels; c += V::lanes, to += next) {
             typename V::Type value = load_n<V>(x + c, channels - c);
             if (bn != nullptr) {
                 value = V::relu6(V::fma(value, V::load(bn + kScale * wide + c), V::load(bn + kShift * wide + c)));
             }
-            V::store(tile + c, value);
+            V::store(to, value);
         }
     }
 }
@@ -35,18 +38,19 @@ void activate(const T* x, const float* bn, int64_t rows, int64_t channels, float
 // A * dz + B * y + C of channels [begin, end) -> tile; dz masked by ReLU6 of bn(y) where bn is given.
 template <class V, class T>
 void affine(const T* dz, const T* y, const float* coef, const float* bn, int64_t rows, int64_t channels, int64_t begin,
-            int64_t end, float* tile, int64_t stride) {
+            int64_t end, float* tile, int64_t stride, int64_t next = V::lanes) {
     const int64_t wide = padded(channels);
     const float *a = coef, *b = coef + wide, *c = coef + 2 * wide;
     for (int64_t r = 0; r < rows; ++r, dz += channels, y += channels, tile += stride) {
-        for (int64_t i = begin; i < end; i += V::lanes) {
+        float* to = tile;
+        for (int64_t i = begin; i < end; i += V::lanes, to += next) {
             const typename V::Type value = load_n<V>(y + i, channels - i);
             typename V::Type grad = load_n<V>(dz + i, channels - i);
             if (bn != nullptr) {
                 const float *scale = bn + kScale * wide + i, *shift = bn + kShift * wide + i;
                 grad = V::inside(grad, V::fma(value, V::load(scale), V::load(shift)));
             }
-            V::store(tile + i - begin, V::fma(V::load(a + i), grad, V::fma(V::load(b + i), value, V::load(c + i))));
+            V::store(to, V::fma(V::load(a + i), grad, V::fma(V::load(b + i), value, V::load(c + i))));
         }
     }
 }
@@ -107,32 +111,67 @@ inline void merge(typename V::Type pivot, typename V::Type s, typename V::Type q
     V::store(m2, before > 0 ? V::add(V::load(m2), V::add(own, more)) : own);
 }
 
-// A product's panel -> rows of y from column on, and their part of the moments [3][wide], `before` rows on.
+// One vector of a product's panel on its way to y, and its sums of (y - pivot) and of its square.
+template <class V, class T>
+struct Column {
+    const float* from;
+    T* to;
+    int64_t n;
+    float *mean, *m2;
+    typename V::Type pivot, s, q;
+
+    Column(const float* panel, T* y, int64_t left, float* moments, int64_t wide, int64_t before)
+        : from(panel), to(y), n(left), mean(moments + wide), m2(mean + wide), s(V::zero()), q(V::zero()) {
+        pivot = before > 0 ? V::load(mean) : V::template round<T>(V::load(from));
+    }
+    template <bool Stream>
+    inline __attribute__((always_inline)) void take(int64_t offset, int64_t at) {
+        const typename V::Type value = V::template round<T>(V::load(from + offset));
+        if constexpr (Stream) {
+            V::stream(to + at, value);
+        } else {
+            store_n<V>(to + at, value, n);
+        }
+        const typename V::Type centred = V::sub(value, pivot);
+        s = V::add(s, centred);
+        q = V::fma(centred, centred, q);
+    }
+};
+
+template <class V, class T, bool Stream, int Vectors>
+void emit_columns(const float* panel, int64_t width, int64_t rows, int64_t channels, int64_t left, T* y,
+                  float* moments, int64_t wide, int64_t before) {
+    if constexpr (Vectors == 1) {
+        Column<V, T> one(panel, y, left, moments, wide, before);
+        for (int64_t r = 0; r < rows; ++r) one.template take<Stream>(r * width, r * channels);
+        merge<V>(one.pivot, one.s, one.q, before, rows, one.mean, one.m2);
+    } else {
+        Column<V, T> one(panel, y, left, moments, wide, before);
+        Column<V, T> two(panel + V::lanes, y + V::lanes, left - V::lanes, moments + V::lanes, wide, before);
+        for (int64_t r = 0; r < rows; ++r) {
+            one.template take<Stream>(r * width, r * channels);
+            two.template take<Stream>(r * width, r * channels);
+        }
+        merge<V>(one.pivot, one.s, one.q, before, rows, one.mean, one.m2);
+        merge<V>(two.pivot, two.s, two.q, before, rows, two.mean, two.m2);
+    }
+}
+
+// A product's panel -> rows of y from column on, and their part of the moments [3][wide], `before` rows on. Two
+// vectors go together so that cache lines are filled at once; `stream`: past the caches, where they are whole lines.
 template <class V, class T>
 void emit(const float* panel, int64_t vectors, int64_t rows, int64_t column, int64_t channels, T* y, float* moments,
-          int64_t before) {
+          int64_t before, bool stream) {
     const int64_t wide = padded(channels), width = vectors * V::lanes;
-    for (int64_t v = 0; v < vectors; ++v) {
-        const int64_t c = column + v * V::lanes, n = channels - c;
-        const float* from = panel + v * V::lanes;
-        T* to = y + c;
-        float *mean = moments + wide + c, *m2 = mean + wide;
-        const typename V::Type pivot = before > 0 ? V::load(mean) : V::template round<T>(V::load(from));
-        typename V::Type s[2] = {V::zero(), V::zero()}, q[2] = {V::zero(), V::zero()};
-        const auto take = [&](int64_t r, int half) __attribute__((always_inline)) {
-            const typename V::Type value = V::template round<T>(V::load(from + r * width));
-            store_n<V>(to + r * channels, value, n);
-            const typename V::Type centred = V::sub(value, pivot);
-            s[half] = V::add(s[half], centred);
-            q[half] = V::fma(centred, centred, q[half]);
-        };
-        int64_t r = 0;
-        for (; r + 2 <= rows; r += 2) {
-            take(r, 0);
-            take(r + 1, 1);
-        }
-        if (r < rows) take(r, 0);
-        merge<V>(pivot, V::add(s[0], s[1]), V::add(q[0], q[1]), before, rows, mean, m2);
+    y += column;
+    moments += column;
+    const auto whole = [&](int64_t v) { return stream && channels - column >= (v + 2) * V::lanes; };
+    for (int64_t v = 0; v < vectors; v += 2) {
+        const int64_t left = channels - column - v * V::lanes;
+        const auto run = vectors - v == 1 ? emit_columns<V, T, false, 1>
+                         : whole(v)       ? emit_columns<V, T, true, 2>
+                                          : emit_columns<V, T, false, 2>;
+        run(panel + v * V::lanes, width, rows, channels, left, y + v * V::lanes, moments + v * V::lanes, wide, before);
     }
 }
 

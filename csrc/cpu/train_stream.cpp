@@ -19,14 +19,6 @@ struct Bands {
     int64_t end(int64_t band) const { return std::min(begin(band) + each, height); }
 };
 
-template <class T>
-void pack_taps(const Weight<const T>& weight, float* taps) {
-    for (int64_t t = 0; t < 9; ++t, taps += padded(weight.outputs)) {
-        for (int64_t c = 0; c < weight.outputs; ++c) taps[c] = as_float(*weight.at(c, t));
-        std::fill(taps + weight.outputs, taps + padded(weight.outputs), 0.0f);
-    }
-}
-
 }  // namespace
 
 void merge_moments(const float* parts, int64_t count, int64_t part_stride, int64_t row_stride, int64_t channels,
@@ -51,9 +43,9 @@ void merge_moments(const float* parts, int64_t count, int64_t part_stride, int64
 template <class T>
 void depthwise(const Machine& machine, const T* x, const float* bn, const Pictures& p, const Weight<const T>& weight,
                T* y, float* moments) {
-    const int64_t wide = padded(p.channels);
-    float *taps = memory.weights.get(9 * wide), *wide_bn = nullptr;
-    pack_taps(weight, taps);
+    const int64_t wide = padded(p.channels), lanes = machine.kernels.lanes;
+    float *taps = memory.weights.get(taps_floats(p.channels, lanes)), *wide_bn = nullptr;
+    pack_taps(weight, lanes, taps);
     if (bn != nullptr) {
         wide_bn = memory.vectors.get(6 * wide);
         pad(bn, 6, p.channels, wide_bn);
@@ -73,9 +65,9 @@ template <class T>
 void depthwise_backward(const Machine& machine, const T* dz2, const T* y2, const float* coef2, const T* y1,
                         const float* bn1, const Pictures& p, const Weight<const T>& weight, T* dz1, float* sums,
                         const Weight<T>* dweight) {
-    const int64_t wide = padded(p.channels);
-    float* taps = memory.weights.get(9 * wide);
-    pack_taps(weight, taps);
+    const int64_t wide = padded(p.channels), lanes = machine.kernels.lanes;
+    float* taps = memory.weights.get(taps_floats(p.channels, lanes));
+    pack_taps(weight, lanes, taps);
     float *coef = memory.vectors.get(9 * wide), *wide_bn = bn1 == nullptr ? nullptr : coef + 3 * wide;
     pad(coef2, 3, p.channels, coef);
     if (bn1 != nullptr) pad(bn1, 6, p.channels, wide_bn);
@@ -93,10 +85,7 @@ void depthwise_backward(const Machine& machine, const T* dz2, const T* y2, const
     if (sums != nullptr) {
         for (int64_t r = 0; r < 2; ++r) std::copy(all + r * wide, all + r * wide + p.channels, sums + r * p.channels);
     }
-    if (dweight == nullptr) return;
-    for (int64_t c = 0; c < p.channels; ++c) {
-        for (int64_t t = 0; t < 9; ++t) assign(all[(2 + t) * wide + c], *dweight->at(c, t));
-    }
+    if (dweight != nullptr) unpack_taps(all + 2 * wide, lanes, *dweight);
 }
 
 template <class T>

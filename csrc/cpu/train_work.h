@@ -131,6 +131,24 @@ void pack(const Machine& machine, const Weight<const T>& weight, Along along, fl
     });
 }
 
+// A depthwise weight [C, 1, 3, 3] -> [vectors][9][lanes], and back.
+inline int64_t taps_floats(int64_t channels, int64_t lanes) { return ceil_div(channels, lanes) * 9 * lanes; }
+
+template <class T>
+void pack_taps(const Weight<const T>& weight, int64_t lanes, float* taps) {
+    std::fill(taps, taps + taps_floats(weight.outputs, lanes), 0.0f);
+    for (int64_t c = 0; c < weight.outputs; ++c) {
+        for (int64_t t = 0; t < 9; ++t) taps[c / lanes * 9 * lanes + t * lanes + c % lanes] = as_float(*weight.at(c, t));
+    }
+}
+
+template <class T>
+void unpack_taps(const float* taps, int64_t lanes, const Weight<T>& weight) {
+    for (int64_t c = 0; c < weight.outputs; ++c) {
+        for (int64_t t = 0; t < 9; ++t) assign(taps[c / lanes * 9 * lanes + t * lanes + c % lanes], *weight.at(c, t));
+    }
+}
+
 // The sum, in order, of `count` parts of `floats` each -> weight; the first part is overwritten.
 template <class T>
 void unpack(const Machine& machine, float* parts, int64_t count, int64_t floats, Along along,
