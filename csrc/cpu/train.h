@@ -62,6 +62,7 @@ struct ProjectBackward {
     const float* bn2;
     T* dz2;
     int64_t hidden, outputs;
+    bool stream;  // dz2 is larger than the caches
 };
 
 // dx = dy * weights + residual, dweight = dy^T * x, with dy = A * dz + B * y + C (dz masked where bn is given).
@@ -86,6 +87,7 @@ struct DepthwiseForward {
     T* y;
     const float* bias;  // not null: relu6(conv + bias) for inference, no moments
     int64_t channels, height, width, stride, out_height, out_width;
+    bool stream;  // y is larger than the caches
 };
 
 // From dz2, with dy2 = A * dz2 + B * y2 + C: dz1 = mask(conv^T(dy2)), its sums, dweight. bn1 null: no mask, no sums.
@@ -98,6 +100,7 @@ struct DepthwiseBackward {
     const float* weights;  // [vectors][9][lanes]
     T* dz1;
     int64_t channels, height, width, stride, out_height, out_width;
+    bool stream;  // dz1 is larger than the caches
 };
 
 // Inference: out = clamp(a * weights + bias) + residual, or of a depthwise convolution.
@@ -168,7 +171,10 @@ constexpr int64_t project_backward_scratch(int64_t outputs) { return kRows * (ti
 constexpr int64_t pointwise_backward_scratch(int64_t inputs) {
     return kRows * (tile_stride(kChunk) + 2 * (padded(inputs) + kPanel));
 }
-constexpr int64_t depthwise_scratch(int64_t channels, int64_t width) { return (4 * (width + 3) + 2) * padded(channels); }
+constexpr int64_t depthwise_scratch(int64_t channels, int64_t width) {
+    // The ring, sums of two kinds, and a strip of 2 x 16 results on their way out.
+    return (4 * (width + 3) + 2 + 32) * padded(channels);
+}
 
 const Kernels* avx512_kernels();
 const Kernels* avx2_kernels();

@@ -77,6 +77,17 @@ void depthwise_strip(const float* const rows[3], int64_t plane, const float* wei
 template <class T>
 using Strip = void (*)(const float* const[3], int64_t, const float*, int64_t, T*, const float*, float*, float*);
 
+// `count` values, whole cache lines, past the caches.
+template <class V, class T>
+void stream_out(const T* from, int64_t count, T* to) {
+    for (int64_t i = 0; i < count; i += V::lanes) V::stream(to + i, V::load(from + i));
+}
+
+template <class T>
+bool whole_lines(const T* to, int64_t channels) {
+    return channels * sizeof(T) % 64 == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+}
+
 // Entry [outputs - 1].
 template <class V, class T, int Stride, bool Folded>
 constexpr Strip<T> kStrips[kStrip] = {
@@ -104,6 +115,9 @@ void depthwise(const DepthwiseForward<T>& conv, int64_t n, int64_t first, int64_
     }
     const float* pivot = statistics ? mean : conv.bias;
     const Strip<T>* const strip = strips_of<V>(conv);
+    // A strip's outputs are complete lines only when its last channel is done.
+    const bool stream = conv.stream && whole_lines(conv.y, channels);
+    T* const held = reinterpret_cast<T*>(q + wide);
     const int64_t strips = ceil_div(width, kStrip), narrow = width / strips, wider = width % strips;
     int64_t made = first * conv.stride - 1 < 0 ? 0 : first * conv.stride - 1, merged = 0, seen = 0;
     for (int64_t y = first; y < last; ++y) {
@@ -125,7 +139,8 @@ void depthwise(const DepthwiseForward<T>& conv, int64_t n, int64_t first, int64_
                     s[c] = q[c] = 0;
                 }
             }
-            strip[count - 1](rows, ring.plane, conv.weights, channels, out, pivot, s, q);
+            strip[count - 1](rows, ring.plane, conv.weights, channels, stream ? held : out, pivot, s, q);
+            if (stream) stream_out<V>(held, count * channels, out);
             for (int64_t r = 0; r < 3; ++r) rows[r] += count * conv.stride * V::lanes;
             out += count * channels;
             seen += count;
@@ -139,6 +154,7 @@ void depthwise(const DepthwiseForward<T>& conv, int64_t n, int64_t first, int64_
             merged = seen;
         }
     }
+    if (stream) V::fence();
     for (int64_t c = 0; statistics && c < wide; ++c) moments[c] = static_cast<float>(seen);
 }
 
@@ -263,10 +279,11 @@ inline __attribute__((always_inline)) void input_backward_2(const Lane<V, T>& la
 }
 
 // Inputs of columns [2 x, 2 x + count) and of two rows (or one, where the picture ends), stride 2: in each quad the
-// four inputs are reached by 1, 2, 2 and 4 taps. rows: dy2's rows at the row pair and after it, at column x.
+// four inputs are reached by 1, 2, 2 and 4 taps. rows: dy2's rows at the row pair and after it, at column x. The
+// second row of dz1 is `to_line` after the first.
 template <class V, class T, bool Normalised>
 void strip_backward_2(const DepthwiseBackward<T>& conv, const float* const rows[2], int64_t plane, const T* y1, T* dz1,
-                      int64_t count, bool both, float* sums, float* dweight) {
+                      int64_t to_line, int64_t count, bool both, float* sums, float* dweight) {
     const int64_t channels = conv.channels, line = conv.width * channels;
     for (int64_t c = 0; c < channels; c += V::lanes) {
         const Lane<V, T> lane(conv, c, sums, dweight);
@@ -287,10 +304,10 @@ void strip_backward_2(const DepthwiseBackward<T>& conv, const float* const rows[
                                                          to + channels);
             }
             if (!both) continue;
-            input_backward_2<V, T, Normalised, 1, 7>(lane, into, total, centred, from + line, where, to + line);
+            input_backward_2<V, T, Normalised, 1, 7>(lane, into, total, centred, from + line, where, to + to_line);
             if (pair) {
                 input_backward_2<V, T, Normalised, 0, 2, 6, 8>(lane, into, total, centred, from + line + channels,
-                                                               where, to + line + channels);
+                                                               where, to + to_line + channels);
             }
         }
         MBV2_UNROLL for (int t = 0; t < 9; ++t) V::store(lane.dweight + t * V::lanes, into[t]);
@@ -308,6 +325,8 @@ void depthwise_backward(const DepthwiseBackward<T>& conv, int64_t n, int64_t fir
     for (int64_t c = 0; c < 9 * wide; ++c) dweight[c] = 0;
     int64_t made = conv.stride == 1 ? (first > 0 ? first - 1 : 0) : first / 2;
     const int64_t step = conv.stride;
+    const bool stream = conv.stream && whole_lines(conv.dz1, channels);
+    T* const held = reinterpret_cast<T*>(scratch + 4 * ring.row);
     for (int64_t y = first; y < last; y += step) {
         const int64_t wanted = y / step + 2, until = wanted < conv.out_height ? wanted : conv.out_height;
         for (; made < until; ++made) {
@@ -319,20 +338,26 @@ void depthwise_backward(const DepthwiseBackward<T>& conv, int64_t n, int64_t fir
             const int64_t count = conv.width - x < kBackwardStrip ? conv.width - x : kBackwardStrip;
             const int64_t at = ((n * conv.height + y) * conv.width + x) * channels;
             const T* y1 = conv.y1 + at;
-            T* dz1 = conv.dz1 + at;
+            T *dz1 = conv.dz1 + at, *to = stream ? held : dz1;
+            const bool both = step == 2 && y + 1 < last;
+            const int64_t to_line = (stream ? kBackwardStrip : conv.width) * channels;
             if (step == 1) {
                 const float* rows[3];
                 for (int64_t r = 0; r < 3; ++r) rows[r] = ring.at(y + r - 1) + x * V::lanes;
                 const auto strip = conv.bn1 ? strip_backward_1<V, T, true> : strip_backward_1<V, T, false>;
-                strip(conv, rows, ring.plane, y1, dz1, count, sums, dweight);
+                strip(conv, rows, ring.plane, y1, to, count, sums, dweight);
             } else {
                 const float* rows[2];
                 for (int64_t r = 0; r < 2; ++r) rows[r] = ring.at(y / 2 + r) + (x / 2 + 1) * V::lanes;
                 const auto strip = conv.bn1 ? strip_backward_2<V, T, true> : strip_backward_2<V, T, false>;
-                strip(conv, rows, ring.plane, y1, dz1, count, y + 1 < last, sums, dweight);
+                strip(conv, rows, ring.plane, y1, to, to_line, count, both, sums, dweight);
             }
+            if (!stream) continue;
+            stream_out<V>(held, count * channels, dz1);
+            if (both) stream_out<V>(held + to_line, count * channels, dz1 + conv.width * channels);
         }
     }
+    if (stream) V::fence();
 }
 
 }  // namespace

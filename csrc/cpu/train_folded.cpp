@@ -90,7 +90,7 @@ void depthwise_folded(const Machine& machine, const T* x, const Pictures& p, con
     float* taps = memory.weights.get(prepared_taps(machine, p.channels));
     const float* shift = prepare_taps(machine, weight, bias, taps);
     const DepthwiseForward<T> conv = {x,        nullptr, taps,     y,              shift,        p.channels,
-                                      p.height, p.width, p.stride, p.out_height(), p.out_width()};
+                                      p.height, p.width, p.stride, p.out_height(), p.out_width(), false};
     const Bands bands = {conv.out_height, std::max<int64_t>(8, ceil_div(conv.out_height, 4))};
     run_tasks(machine, p.batch * bands.per_picture(), depthwise_scratch(p.channels, p.width),
               [&](int64_t i, float* scratch) {
@@ -139,7 +139,7 @@ void block_folded(const Machine& machine, const T* x, const Pictures& p, const W
         }
         T* middle = reinterpret_cast<T*>(scratch + own + before) - begin * out_width * hidden;
         const DepthwiseForward<T> conv = {from,     nullptr, taps,     middle,     shift,        hidden,
-                                          p.height, p.width, p.stride, out_height, out_width};
+                                          p.height, p.width, p.stride, out_height, out_width, false};
         run.depthwise(conv, 0, begin, end, nullptr, scratch);
         Folded<T> final = last;
         final.x = middle;

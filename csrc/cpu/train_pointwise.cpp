@@ -6,8 +6,6 @@ namespace {
 
 // A task's share of a weight's gradient that stays in its core's cache.
 constexpr int64_t kResident = 32 * 1024;
-// Bytes of a result beyond which little of it would be in a cache when the next stage reads it.
-constexpr int64_t kCached = 24 << 20;
 
 template <class T>
 Patches<T> patches_of(const T* x, const Pictures& p) {
@@ -22,7 +20,7 @@ void forward(const Machine& machine, Forward<T> conv, const float* bn, const Wei
     float* packed = memory.weights.get(panels_floats(weight, Along::outputs, machine.kernels.lanes));
     pack(machine, weight, Along::outputs, packed);
     conv.weights = packed;
-    conv.stream = rows * conv.outputs * static_cast<int64_t>(sizeof(T)) > kCached;
+    conv.stream = beyond_caches<T>(rows * conv.outputs);
     if (bn != nullptr) {
         float* wide_bn = memory.vectors.get(6 * padded(conv.inputs));
         pad(bn, 6, conv.inputs, wide_bn);
@@ -116,7 +114,8 @@ void project_backward(const Machine& machine, const T* grad, const T* y3, const 
         pack(machine, weight, Along::inputs, into);
         packed = into;
     }
-    const ProjectBackward<T> conv = {grad, y3, constants, packed, y2, wide_bn, dz2, hidden, outputs};
+    const ProjectBackward<T> conv = {grad, y3, constants, packed, y2, wide_bn,
+                                     dz2,  hidden, outputs, beyond_caches<T>(rows * hidden)};
     const Parts parts = dweight == nullptr ? parts_of(rows) : weight_parts(rows, hidden * outputs);
     const int64_t share = std::max<int64_t>(1, kResident / (2 * lanes * outputs));
     const int64_t shares = ceil_div(panels(vectors), share);

@@ -36,43 +36,82 @@ void forward(const Forward<T>& conv, int64_t first, int64_t last, float* moments
     for (int64_t c = 0; c < padded(outputs); ++c) moments[c] = static_cast<float>(last - first);
 }
 
-// da2 in `panel` -> dz2 and sums, and relu6(bn2(y2)) -> `activation`, for rows of one vector of channels.
-template <class V, class T, bool Gradient, bool Activation>
-void mask_vector(const ProjectBackward<T>& conv, int64_t row, int64_t rows, int64_t c, const float* panel,
-                 float* activation, int64_t width, float* sums, bool add, bool ahead) {
-    const int64_t hidden = conv.hidden, wide = padded(hidden), n = hidden - c;
-    const typename V::Type mean = V::load(conv.bn2 + kMean * wide + c), scale = V::load(conv.bn2 + kScale * wide + c);
-    const typename V::Type shift = V::load(conv.bn2 + kShift * wide + c);
-    typename V::Type first[2] = {V::zero(), V::zero()}, second[2] = {V::zero(), V::zero()};
-    const T* y = conv.y2 + row * hidden + c;
-    T* out = conv.dz2 + row * hidden + c;
-    const auto take = [&](int64_t r, int half) __attribute__((always_inline)) {
-        // The same channels of the next tile: no hardware follows columns.
-        if (ahead) {
-            __builtin_prefetch(y + (r + kRows) * hidden, 0, 2);
-            if constexpr (Gradient) __builtin_prefetch(out + (r + kRows) * hidden, 0, 2);
+// One vector of hidden channels between the two products of project's backward pass.
+template <class V, class T>
+struct Hidden {
+    const float* panel;
+    float* activation;
+    const T* y;
+    T* out;
+    int64_t n;
+    float *at, *at_centred;
+    typename V::Type mean, scale, shift, sum, centred;
+
+    Hidden(const ProjectBackward<T>& conv, int64_t row, int64_t c, const float* panel_, float* activation_, float* sums,
+           bool add)
+        : panel(panel_),
+          activation(activation_),
+          y(conv.y2 + row * conv.hidden + c),
+          out(conv.dz2 + row * conv.hidden + c),
+          n(conv.hidden - c),
+          at(sums + c),
+          at_centred(at + padded(conv.hidden)) {
+        const int64_t wide = padded(conv.hidden);
+        mean = V::load(conv.bn2 + kMean * wide + c);
+        scale = V::load(conv.bn2 + kScale * wide + c);
+        shift = V::load(conv.bn2 + kShift * wide + c);
+        sum = add ? V::load(at) : V::zero();
+        centred = add ? V::load(at_centred) : V::zero();
+    }
+    // da2 in the panel -> dz2 and the sums, and relu6(bn2(y2)) -> activation.
+    template <bool Gradient, bool Activation, bool Stream>
+    inline __attribute__((always_inline)) void take(int64_t in_panel, int64_t in_y) {
+        const typename V::Type value = load_n<V>(y + in_y, n), z = V::fma(value, scale, shift);
+        if constexpr (Activation) V::store(activation + in_panel, V::relu6(z));
+        if constexpr (!Gradient) return;
+        const typename V::Type dz = V::template round<T>(V::inside(V::load(panel + in_panel), z));
+        if constexpr (Stream) {
+            V::stream(out + in_y, dz);
+        } else {
+            store_n<V>(out + in_y, dz, n);
         }
-        const typename V::Type value = load_n<V>(y + r * hidden, n), z = V::fma(value, scale, shift);
-        if constexpr (Activation) V::store(activation + r * width, V::relu6(z));
-        if constexpr (Gradient) {
-            const typename V::Type dz = V::template round<T>(V::inside(V::load(panel + r * width), z));
-            store_n<V>(out + r * hidden, dz, n);
-            first[half] = V::add(first[half], dz);
-            second[half] = V::fma(dz, V::sub(value, mean), second[half]);
-        }
+        sum = V::add(sum, dz);
+        centred = V::fma(dz, V::sub(value, mean), centred);
+    }
+    void finish() const {
+        V::store(at, sum);
+        V::store(at_centred, centred);
+    }
+};
+
+// Rows of one or two vectors of channels: two, so that cache lines are filled at once. `ahead`: the same channels of
+// the next tile are fetched, as no hardware follows columns.
+template <class V, class T, bool Gradient, bool Activation, bool Stream>
+void mask_columns(const ProjectBackward<T>& conv, int64_t row, int64_t rows, int64_t c, int64_t vectors,
+                  const float* panel, float* activation, int64_t width, float* sums, bool add, bool ahead) {
+    const int64_t hidden = conv.hidden;
+    const T *next_y = conv.y2 + (row + kRows) * hidden + c, *next_out = conv.dz2 + (row + kRows) * hidden + c;
+    const auto fetch = [&](int64_t r) __attribute__((always_inline)) {
+        if (!ahead) return;
+        __builtin_prefetch(next_y + r * hidden, 0, 2);
+        if constexpr (Gradient && !Stream) __builtin_prefetch(next_out + r * hidden, 0, 2);
     };
-    int64_t r = 0;
-    for (; r + 2 <= rows; r += 2) {
-        take(r, 0);
-        take(r + 1, 1);
+    Hidden<V, T> one(conv, row, c, panel, activation, sums, add);
+    if (vectors == 1) {
+        for (int64_t r = 0; r < rows; ++r) {
+            fetch(r);
+            one.template take<Gradient, Activation, false>(r * width, r * hidden);
+        }
+        return one.finish();
     }
-    if (r < rows) take(r, 0);
-    if constexpr (Gradient) {
-        float *at = sums + c, *centred = sums + wide + c;
-        const typename V::Type f = V::add(first[0], first[1]), s = V::add(second[0], second[1]);
-        V::store(at, add ? V::add(V::load(at), f) : f);
-        V::store(centred, add ? V::add(V::load(centred), s) : s);
+    Hidden<V, T> two(conv, row, c + V::lanes, panel + V::lanes, activation + V::lanes, sums, add);
+    for (int64_t r = 0; r < rows; ++r) {
+        fetch(r);
+        one.template take<Gradient, Activation, Stream>(r * width, r * hidden);
+        two.template take<Gradient, Activation, Stream>(r * width, r * hidden);
     }
+    one.finish();
+    two.finish();
 }
 
 template <class V, class T>
@@ -82,8 +121,12 @@ void project_backward(const ProjectBackward<T>& conv, int64_t first, int64_t las
     const int64_t stride = tile_stride(outputs);
     float *tile = scratch, *panel = tile + kRows * stride, *activation = panel + kRows * kPanel;
     const bool input = conv.weights != nullptr, weight = dweight != nullptr;
-    const auto mask = input ? (weight ? mask_vector<V, T, true, true> : mask_vector<V, T, true, false>)
-                            : mask_vector<V, T, false, true>;
+    const bool stream = conv.stream && input && hidden * sizeof(T) % 64 == 0 &&
+                        reinterpret_cast<uintptr_t>(conv.dz2) % 64 == 0;
+    const auto mask = !input    ? mask_columns<V, T, false, true, false>
+                      : !weight ? mask_columns<V, T, true, false, false>
+                      : stream  ? mask_columns<V, T, true, true, true>
+                                : mask_columns<V, T, true, true, false>;
     for (int64_t row = first; row < last; row += kRows) {
         const int64_t rows = least(kRows, last - row);
         affine<V, T>(conv.grad + row * outputs, conv.y3 + row * outputs, conv.coef3, nullptr, rows, outputs, 0, outputs,
@@ -93,16 +136,19 @@ void project_backward(const ProjectBackward<T>& conv, int64_t first, int64_t las
             if (input) {
                 gemm<V, false>(tile, stride, rows, outputs, conv.weights + column * outputs, count, panel, false);
             }
-            for (int64_t v = 0; v < count; ++v) {
-                const int64_t at = v * V::lanes;
-                mask(conv, row, rows, column + at, panel + at, activation + at, width, sums, row > first,
-                     v % 2 == 0 && row + 2 * kRows <= last);
+            for (int64_t v = 0; v < count; v += 2) {
+                const int64_t at = v * V::lanes, pair = count - v == 1 ? 1 : 2;
+                const auto run = stream && hidden - column - at < 2 * V::lanes ? mask_columns<V, T, true, true, false>
+                                                                               : mask;
+                run(conv, row, rows, column + at, pair, panel + at, activation + at, width, sums, row > first,
+                    row + 2 * kRows <= last);
             }
             if (weight) {
                 gemm<V, true>(tile, stride, outputs, rows, activation, count, dweight + column * outputs, row > first);
             }
         }
     }
+    if (stream) V::fence();
 }
 
 // The product for dx, plus the shortcut's gradient, of rows of one panel.

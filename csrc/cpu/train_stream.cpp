@@ -51,7 +51,8 @@ void depthwise(const Machine& machine, const T* x, const float* bn, const Pictur
         pad(bn, 6, p.channels, wide_bn);
     }
     const DepthwiseForward<T> conv = {x,       wide_bn, taps,     y,              nullptr,      p.channels,
-                                      p.height, p.width, p.stride, p.out_height(), p.out_width()};
+                                      p.height, p.width, p.stride, p.out_height(), p.out_width(),
+                                      beyond_caches<T>(p.batch * p.channels * p.out_height() * p.out_width())};
     const Bands bands(p.batch, conv.out_height, 1);
     float* all = memory.parts.get(bands.count() * 3 * wide);
     run_tasks(machine, bands.count(), depthwise_scratch(p.channels, p.width), [&](int64_t i, float* scratch) {
@@ -72,7 +73,8 @@ void depthwise_backward(const Machine& machine, const T* dz2, const T* y2, const
     pad(coef2, 3, p.channels, coef);
     if (bn1 != nullptr) pad(bn1, 6, p.channels, wide_bn);
     const DepthwiseBackward<T> conv = {dz2,      y2,      coef,     y1,             wide_bn,      taps, dz1, p.channels,
-                                       p.height, p.width, p.stride, p.out_height(), p.out_width()};
+                                       p.height, p.width, p.stride, p.out_height(), p.out_width(),
+                                       beyond_caches<T>(p.batch * p.channels * p.height * p.width)};
     const Bands bands(p.batch, p.height, 2);
     // Of each part the sums, then the weight's gradient.
     float* all = memory.parts.get(bands.count() * 11 * wide);

@@ -84,6 +84,13 @@ inline void pad(const float* from, int64_t rows, int64_t channels, float* to) {
     }
 }
 
+// Whether a result is so large that little of it would be in a cache when the next stage reads it.
+template <class T>
+bool beyond_caches(int64_t values) {
+    constexpr int64_t kCached = 24 << 20;
+    return values * static_cast<int64_t>(sizeof(T)) > kCached;
+}
+
 inline float as_float(float x) { return x; }
 inline float as_float(bf16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); }
 inline void assign(float value, float& to) { to = value; }
