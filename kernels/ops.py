@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mbv2.kernels import fused, reference
+from mbv2.kernels.cpu import support as cpu_support
 from mbv2.kernels.dispatch import Backend, choose, count, register
 from mbv2.kernels.stages import ConvBN
 from mbv2.kernels.triton import support
@@ -87,3 +88,4 @@ def _way(operator: str, x: Tensor) -> ModuleType:
 
 
 register("triton", Backend(support.refusal, support.stages))
+register("cpu", Backend(cpu_support.refusal, cpu_support.stages))
