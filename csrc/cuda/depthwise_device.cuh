@@ -1,0 +1,242 @@
+// Pieces of the training depthwise kernels: PTX that C++ has no name for, number formats, and the walk over the input.
+#pragma once
+
+#include <stdint.h>
+
+#include "depthwise_params.h"
+
+namespace mbv2 {
+namespace cuda {
+
+constexpr int kRowWarps = 4;        // warps of a block that share a slab's columns
+constexpr uint32_t kNowhere = ~0u;  // an offset of something outside the image
+
+enum BnRow { kMean, kVar, kRstd, kScale, kShift, kCount };
+
+// --- instructions --------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+__device__ __forceinline__ void copy_async(uint32_t shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ uint4 load_shared16(uint32_t at) {
+    uint4 v;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
+    return v;
+}
+
+__device__ __forceinline__ uint2 load_shared8(uint32_t at) {
+    uint2 v;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at));
+    return v;
+}
+
+__device__ __forceinline__ void store_shared16(uint32_t at, uint4 v) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_shared8(uint32_t at, uint32_t x, uint32_t y) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(at), "r"(x), "r"(y) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void load_matrices(uint32_t (&m)[4], uint32_t at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(at)
+                 : "memory");
+}
+
+__device__ __forceinline__ void load_transposed(uint32_t (&m)[4], uint32_t at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(at)
+                 : "memory");
+}
+
+__device__ __forceinline__ uint32_t transposed(uint32_t m) {
+    uint32_t out;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(m));
+    return out;
+}
+
+__device__ __forceinline__ float bits_float(uint32_t bits) { return __uint_as_float(bits); }
+
+// --- 16-bit types, two values in a register ------------------------------------------------------------------------
+
+struct Half {
+    static constexpr bool kPacked = true;
+    static constexpr uint32_t kOnes = 0x3c003c00u, kSixes = 0x46004600u;
+    static __device__ __forceinline__ float low(uint32_t v) {
+        float f;
+        asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(f) : "r"(v));
+        return f;
+    }
+    static __device__ __forceinline__ float high(uint32_t v) {
+        float f;
+        asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(f) : "r"(v));
+        return f;
+    }
+    static __device__ __forceinline__ uint32_t pack(float low, float high) {
+        uint32_t v;
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+        return v;
+    }
+    static __device__ __forceinline__ uint32_t pack_relu(float low, float high) {
+        uint32_t v;
+        asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+        return v;
+    }
+    // NaN stays NaN.
+    static __device__ __forceinline__ uint32_t minimum(uint32_t a, uint32_t b) {
+        uint32_t v;
+        asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+        return v;
+    }
+    static __device__ __forceinline__ uint32_t subtract(uint32_t a, uint32_t b) {
+        uint32_t v;
+        asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+        return v;
+    }
+    static __device__ __forceinline__ void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                                    uint32_t b0, uint32_t b1) {
+        asm(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    }
+    static __device__ __forceinline__ void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
+        asm(
+            "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a0), "r"(a1), "r"(b0));
+    }
+};
+
+struct BFloat16 {
+    static constexpr bool kPacked = true;
+    static constexpr uint32_t kOnes = 0x3f803f80u, kSixes = 0x40c040c0u;
+    static __device__ __forceinline__ float low(uint32_t v) { return bits_float(v << 16); }
+    static __device__ __forceinline__ float high(uint32_t v) { return bits_float(v & 0xffff0000u); }
+    static __device__ __forceinline__ uint32_t pack(float low, float high) {
+        uint32_t v;
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+        return v;
+    }
+    static __device__ __forceinline__ uint32_t pack_relu(float low, float high) {
+        uint32_t v;
+        asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+        return v;
+    }
+    static __device__ __forceinline__ uint32_t minimum(uint32_t a, uint32_t b) {
+        uint32_t v;
+        asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+        return v;
+    }
+    static __device__ __forceinline__ uint32_t subtract(uint32_t a, uint32_t b) {
+        uint32_t v;
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(v) : "r"(b), "r"(0xbf80bf80u), "r"(a));
+        return v;
+    }
+    static __device__ __forceinline__ void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                                    uint32_t b0, uint32_t b1) {
+        asm(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    }
+    static __device__ __forceinline__ void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
+        asm(
+            "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a0), "r"(a1), "r"(b0));
+    }
+};
+
+struct Single {
+    static constexpr bool kPacked = false;
+};
+
+// As torch's relu6 on a GPU: NaN stays NaN.
+__device__ __forceinline__ float relu6(float z, float cap = 6.f) {
+    float v;
+    asm("{.reg .f32 t; max.NaN.f32 t, %1, 0f00000000; min.NaN.f32 %0, t, %2;}" : "=f"(v) : "f"(z), "f"(cap));
+    return v;
+}
+
+// --- layout of a row in shared memory ------------------------------------------------------------------------------
+
+// Activations (or gradients) of a slab, one pixel after the other. 16-bit types: of each 16 channels, first those that
+// are 0 or 1 modulo 4, then the rest, eight each: matrices of the tensor cores in which a lane owns the four
+// neighbouring channels that it stores. A pixel's stride is an odd multiple of 16 bytes, so that eight of them lie in
+// different banks.
+template <class T, int kSlabs>
+struct Row {
+    static constexpr int kItem = T::kPacked ? 2 : 4;
+    static constexpr int kChannels = 16 * kSlabs;
+    static constexpr int kPitch = kChannels * kItem + (T::kPacked ? 16 : 0);
+    static constexpr int kVectors = kChannels * kItem / 16;  // of 16 bytes, a pixel
+    static constexpr int kPerVector = 16 / kItem;
+    static constexpr int kThreads = 32 * kRowWarps * kSlabs;
+    static constexpr int kPixelsAtOnce = kThreads / kVectors;
+
+    // Where vector `q` of a pixel starts, and where its second half goes for 16-bit types.
+    static __device__ __forceinline__ uint32_t place(int q) {
+        return T::kPacked ? 32 * (q >> 1) + 8 * (q & 1) : 16 * q;
+    }
+    static __device__ __forceinline__ void put(uint32_t at, uint4 v) {
+        if constexpr (T::kPacked) {
+            store_shared8(at, v.x, v.z);
+            store_shared8(at + 16, v.y, v.w);
+        } else {
+            store_shared16(at, v);
+        }
+    }
+};
+
+// The position of a block in the launch.
+struct Place {
+    int slab, strip;
+    int64_t first_group, part;
+    int groups;  // of this block
+    int top, bottom;
+
+    __device__ __forceinline__ Place(const DepthwiseCut& cut, int n, int c, int rows_of_image) {
+        const int slabs = (c + 16 * cut.slabs - 1) / (16 * cut.slabs);
+        slab = blockIdx.x % slabs;
+        part = blockIdx.x / slabs;
+        strip = static_cast<int>(part % cut.strips);
+        first_group = part / cut.strips * cut.groups;
+        const int64_t left = static_cast<int64_t>(n) * cut.chunks - first_group;
+        groups = left < cut.groups ? static_cast<int>(left) : cut.groups;
+        top = strip * cut.rows;
+        bottom = min(top + cut.rows, rows_of_image);
+    }
+};
+
+// Adds part (n, mean, m2) to a channel's moments, Chan's formula.
+__device__ __forceinline__ void merge_moments(float& count, float& mean, float& m2, float n, float m, float s) {
+    const float total = count + n;
+    const float share = total > 0 ? n / total : 0.f;
+    const float delta = m - mean;
+    m2 += s + delta * delta * count * share;
+    mean += delta * share;
+    count = total;
+}
+
+}  // namespace cuda
+}  // namespace mbv2

@@ -1,0 +1,456 @@
+// Training depthwise 3x3: y = conv(relu6(bn(x))), zeros around the activation, with the moments of the rounded y.
+//
+// A block owns 16 * kSlabs channels and up to kOutputs neighbouring output columns, and walks down a strip of rows.
+// Rows of x arrive through cp.async, kAhead of them at a time; every value is normalised, clamped and rounded once, by
+// the thread that fetched it, into a ring of activated rows. 16-bit types are multiplied on the tensor cores: a tap is a
+// diagonal matrix of eight channels' weights, two taps make one m16n8k16 product of 16 pixels, so that nine
+// multiply-adds a value cost 5/4 of an instruction instead of nine. Products are exact and sums float32, as in CUDA
+// cores; the price is that a NaN reaches all eight channels of its matrix (0 * NaN). float32 uses CUDA cores.
+//
+// Statistics: y and (y - origin)^2 are added up, origin one of the warp's first values of each channel; for 16-bit types
+// again on the tensor cores, as ones' y and the diagonal of d' d. The difference of two 16-bit values is exact where
+// they lie within a factor of two of each other, else it is rounded once. As the origin is one of the values, the sum of
+// squares is at most (n + 1) M2, and what the subtraction at the end can lose is n * 2^-24 of M2.
+#include "depthwise_device.cuh"
+
+namespace mbv2 {
+namespace cuda {
+namespace {
+
+template <class T, int kStride, bool kNormalise, int kSlabs>
+struct Forward {
+    using R = Row<T, kSlabs>;
+    static constexpr int kPixels = T::kPacked ? 128 : 64;  // of a row in shared memory, the columns around it included
+    static constexpr int kOutputs = kPixels / kStride;
+    static constexpr int kLoads = kPixels / R::kPixelsAtOnce;  // of a thread, a row
+    static constexpr int kRing = 3 + kStride, kAhead = 3;
+    // Three zero pixels behind the others stand for what is not there.
+    static constexpr int kRowBytes = (kPixels + 3) * R::kPitch;
+    static constexpr int kRawRow = kLoads * R::kThreads * 16;
+    static constexpr int kTables = kRing * kRowBytes + kAhead * kRawRow;
+    static constexpr int kSharedBytes = kTables + 3 * kOutputs * 4;
+    static constexpr int kParts = T::kPacked ? kRowWarps : 8 * kRowWarps;  // of the block's statistics
+    static_assert(kParts * (2 * R::kChannels + 1) * 4 <= kRing * kRowBytes, "the statistics fit over the ring");
+
+    // --- what a thread fetches ---
+    const char* x_row;
+    uint32_t from[kLoads];  // elements from the row's start, or kNowhere
+    uint32_t to[kLoads];    // bytes from a ring row's start
+    float scale[R::kPerVector], shift[R::kPerVector];
+
+    __device__ __forceinline__ void fetch(uint32_t raw, bool inside) const {
+#pragma unroll
+        for (int k = 0; k < kLoads; ++k)
+            if (inside && from[k] != kNowhere)
+                copy_async(raw + k * R::kThreads * 16, x_row + static_cast<int64_t>(from[k]) * R::kItem);
+        commit_copies();
+    }
+
+    __device__ __forceinline__ uint4 activated(uint4 v) const {
+        if constexpr (!kNormalise) {
+            return v;
+        } else {
+            uint32_t* word = reinterpret_cast<uint32_t*>(&v);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                if constexpr (T::kPacked) {
+                    const float low = fmaf(T::low(word[i]), scale[2 * i], shift[2 * i]);
+                    const float high = fmaf(T::high(word[i]), scale[2 * i + 1], shift[2 * i + 1]);
+                    word[i] = T::minimum(T::pack_relu(low, high), T::kSixes);
+                } else {
+                    word[i] = __float_as_uint(relu6(fmaf(bits_float(word[i]), scale[i], shift[i])));
+                }
+            }
+            return v;
+        }
+    }
+
+    __device__ __forceinline__ void activate(uint32_t raw, uint32_t ring_row, bool inside) const {
+#pragma unroll
+        for (int k = 0; k < kLoads; ++k)
+            if (from[k] != kNowhere)
+                R::put(ring_row + to[k], inside ? activated(load_shared16(raw + k * R::kThreads * 16)) : uint4{});
+    }
+};
+
+// The nine taps of a lane's channels and the convolution of 16 pixels.
+template <class T, int kStride, int kPitch>
+struct Taps {
+    uint32_t pair[2][4][2], last[2];  // 16-bit types: diagonal matrices by half of the channels
+    float tap[T::kPacked ? 1 : 9][4];
+
+    // `weight` [channels, 9] of the warp's 16 channels, `count` of which are there.
+    __device__ __forceinline__ Taps(const void* weight, int lane, int count) {
+        if constexpr (T::kPacked) {
+            const uint16_t* w = static_cast<const uint16_t*>(weight);
+            const int n = lane >> 2, k = 2 * (lane & 3);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int channel = 4 * (n >> 1) + 2 * half + (n & 1);
+#pragma unroll
+                for (int t = 0; t < 9; ++t) {
+                    const uint32_t value = (n >> 1) == (k >> 1) && channel < count ? w[channel * 9 + t] : 0;
+                    const uint32_t placed = n & 1 ? value << 16 : value;
+                    if (t < 8)
+                        pair[half][t >> 1][t & 1] = placed;
+                    else
+                        last[half] = placed;
+                }
+            }
+        } else {
+            const float* w = static_cast<const float*>(weight);
+#pragma unroll
+            for (int t = 0; t < 9; ++t)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int channel = 4 * (lane & 3) + i;
+                    tap[t][i] = channel < count ? w[channel * 9 + t] : 0.f;
+                }
+        }
+    }
+
+    // Offset of tap `t` from a pixel of which the table says where its column of taps 0 (and, at stride 2, 1) lies.
+    static __device__ __forceinline__ uint32_t column(int t, uint32_t first, uint32_t second) {
+        if (kStride == 1) return first + (t % 3) * kPitch;
+        return t % 3 == 1 ? second : first + (t % 3) / 2 * kPitch;
+    }
+
+    // sums[h][2 r + e]: channel 4 j + 2 h + e of pixel g + 8 r, where lane = 4 g + j.
+    __device__ __forceinline__ void apply(float (&sums)[2][4], const uint32_t (&rows)[3], const uint32_t* first,
+                                          const uint32_t* second, int lane, uint32_t slab) const {
+        if constexpr (T::kPacked) {
+            const uint32_t place = slab + (lane >> 4) * 16;
+            const uint32_t c0 = first[lane & 15] + place, c1 = kStride == 1 ? 0 : second[lane & 15] + place;
+#pragma unroll
+            for (int p = 0; p < 5; ++p) {
+                uint32_t a[4], b[4];
+                load_matrices(a, rows[2 * p / 3] + column(2 * p, c0, c1));
+                if (p < 4) {
+                    load_matrices(b, rows[(2 * p + 1) / 3] + column(2 * p + 1, c0, c1));
+                    T::multiply(sums[0], a[0], a[1], b[0], b[1], pair[0][p][0], pair[0][p][1]);
+                    T::multiply(sums[1], a[2], a[3], b[2], b[3], pair[1][p][0], pair[1][p][1]);
+                } else {
+                    T::multiply(sums[0], a[0], a[1], last[0]);
+                    T::multiply(sums[1], a[2], a[3], last[1]);
+                }
+            }
+        } else {
+            const int j = lane & 3, g = lane >> 2;
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const uint32_t c0 = first[g + 8 * r] + 16 * j, c1 = kStride == 1 ? 0 : second[g + 8 * r] + 16 * j;
+#pragma unroll
+                for (int t = 0; t < 9; ++t) {
+                    const uint4 v = load_shared16(rows[t / 3] + column(t, c0, c1));
+                    sums[0][2 * r] = fmaf(bits_float(v.x), tap[t][0], sums[0][2 * r]);
+                    sums[0][2 * r + 1] = fmaf(bits_float(v.y), tap[t][1], sums[0][2 * r + 1]);
+                    sums[1][2 * r] = fmaf(bits_float(v.z), tap[t][2], sums[1][2 * r]);
+                    sums[1][2 * r + 1] = fmaf(bits_float(v.w), tap[t][3], sums[1][2 * r + 1]);
+                }
+            }
+        }
+    }
+};
+
+// Sums over pixels of y and of d^2, d = y - origin, of the channels of a warp.
+template <class T>
+struct Moments {
+    uint32_t origin[2];                                          // 16-bit types: twice, of channel `mine`
+    float products[2][4] = {}, sums[2][4] = {};                  // d' d and ones' y
+    float first[4] = {}, total[4] = {}, squares[4] = {};         // float32
+    float count = 0;                                             // float32: of the lane
+    bool begun = false;
+
+    // 16-bit types: y[h][r] is of the two channels 4 j + 2 h + {0, 1} of pixel g + 8 r, lane = 4 g + j.
+    __device__ __forceinline__ void add(const uint32_t (&y)[2][2], bool there_0, bool there_1) {
+        const unsigned low = __ballot_sync(~0u, there_0), high = __ballot_sync(~0u, there_1);
+        const bool full = (low & high) == ~0u;
+        uint32_t kept_0 = ~0u, kept_1 = ~0u;  // after transposition: pixels 2 j, 2 j + 1 (+ 8) of channel g
+        if (!full) {
+            const int at = 8 * (threadIdx.x & 3);
+            kept_0 = (low >> at & 1 ? 0xffffu : 0) | (low >> at & 16 ? 0xffff0000u : 0);
+            kept_1 = (high >> at & 1 ? 0xffffu : 0) | (high >> at & 16 ? 0xffff0000u : 0);
+        }
+        if (!begun && (low | high) == 0) return;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            uint32_t y0 = transposed(y[h][0]), y1 = transposed(y[h][1]);
+            if (!begun) {
+                const int pixel = (__ffs(low ? low : high) - 1) >> 2;
+                const uint32_t pair = __shfl_sync(~0u, low ? y0 : y1, (threadIdx.x & 28) | pixel >> 1);
+                origin[h] = __byte_perm(pair, 0, pixel & 1 ? 0x3232 : 0x1010);
+            }
+            uint32_t d0 = T::subtract(y0, origin[h]), d1 = T::subtract(y1, origin[h]);
+            if (!full) y0 &= kept_0, y1 &= kept_1, d0 &= kept_0, d1 &= kept_1;
+            T::multiply(products[h], d0, d0, d1, d1, d0, d1);
+            T::multiply(sums[h], T::kOnes, T::kOnes, T::kOnes, T::kOnes, y0, y1);
+        }
+        begun = true;
+    }
+
+    __device__ __forceinline__ void add(const float (&y)[4]) {
+        if (!begun) {
+            begun = true;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) first[i] = y[i];
+        }
+        count += 1;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float d = y[i] - first[i];
+            total[i] += d;
+            squares[i] = fmaf(d, d, squares[i]);
+        }
+    }
+
+    // Leaves mean and M2 of the `n` values of each channel of the warp (float32: of the lane).
+    __device__ __forceinline__ void leave(float* mean, float* m2, float n, int lane) const {
+        const int g = lane >> 2, j = lane & 3;
+        if (n == 0) return;
+        if constexpr (T::kPacked) {
+            if (j != g >> 1) return;  // the diagonal
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int channel = 4 * j + 2 * h + (g & 1);
+                const float m = (g & 1 ? sums[h][1] : sums[h][0]) / n, off = m - T::low(origin[h]);
+                mean[channel] = m;
+                m2[channel] = positive(fmaf(-n * off, off, g & 1 ? products[h][1] : products[h][0]));
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float share = total[i] / n;
+                mean[4 * j + i] = first[i] + share;
+                m2[4 * j + i] = positive(fmaf(-total[i], share, squares[i]));
+            }
+        }
+    }
+
+    static __device__ __forceinline__ float positive(float v) { return v < 0 ? 0.f : v; }
+};
+
+template <class T, int kStride, bool kNormalise, int kSlabs>
+__device__ __forceinline__ void depthwise(const DepthwiseParams& p) {
+    using F = Forward<T, kStride, kNormalise, kSlabs>;
+    using R = typename F::R;
+    extern __shared__ uint4 shared[];
+    const Place at(p.cut, p.n, p.c, p.ho);
+    const int tid = threadIdx.x, lane = tid & 31, row_warp = (tid >> 5) % kRowWarps;
+    const int slab_warp = tid / (32 * kRowWarps);
+    const int channel0 = at.slab * R::kChannels;
+    const int64_t image0 = at.first_group / p.cut.chunks;
+    const int columns = p.cut.columns, wide = (columns - 1) * kStride + 3;
+    const uint32_t ring = shared_address(shared), raw = ring + F::kRing * F::kRowBytes + tid * 16;
+    uint32_t* first = reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(shared) + F::kTables);
+    uint32_t *second = first + F::kOutputs, *out = second + F::kOutputs;
+
+    F f;
+    const int q = tid % R::kVectors, channel_q = channel0 + q * R::kPerVector;
+    const int odd = p.cut.groups * (columns + 1);  // at stride 2 odd columns lie behind the even ones
+#pragma unroll
+    for (int k = 0; k < F::kLoads; ++k) {
+        const int pixel = tid / R::kVectors + k * R::kPixelsAtOnce;
+        const int group = pixel / wide, i = pixel % wide;
+        const int64_t index = at.first_group + group;
+        const int column = static_cast<int>(index % p.cut.chunks) * columns * kStride - 1 + i;
+        const bool inside = group < at.groups && column >= 0 && column < p.w && channel_q < p.c;
+        const int position = kStride == 1 ? pixel : i & 1 ? odd + group * columns + i / 2 : group * (columns + 1) + i / 2;
+        f.to[k] = position * R::kPitch + R::place(q);
+        f.from[k] = kNowhere;
+        if (inside) {
+            const int64_t image = index / p.cut.chunks - image0;
+            f.from[k] = static_cast<uint32_t>((image * p.h * p.w + column) * p.c + channel_q);
+        } else if (group < p.cut.groups) {
+            for (int r = 0; r < F::kRing; ++r) R::put(ring + r * F::kRowBytes + f.to[k], uint4{});
+        }
+    }
+    for (int i = tid; i < F::kRing * (3 * R::kPitch / 16); i += R::kThreads) {
+        const int r = i / (3 * R::kPitch / 16), place = i % (3 * R::kPitch / 16);
+        store_shared16(ring + r * F::kRowBytes + F::kPixels * R::kPitch + 16 * place, uint4{});
+    }
+    for (int v = tid; v < F::kOutputs; v += R::kThreads) {
+        const int group = v / columns, i = v % columns;
+        const int64_t index = at.first_group + group;
+        const int column = static_cast<int>(index % p.cut.chunks) * columns + i;
+        const bool there = group < at.groups && column < p.wo;
+        const int64_t image = index / p.cut.chunks - image0;
+        const int zero = F::kPixels * R::kPitch;
+        first[v] = !there ? zero : (kStride == 1 ? group * wide + i : group * (columns + 1) + i) * R::kPitch;
+        second[v] = !there ? zero : (odd + group * columns + i) * R::kPitch;
+        out[v] = there ? static_cast<uint32_t>((image * p.ho * p.wo + column) * p.c) : kNowhere;
+    }
+    if constexpr (kNormalise) {
+#pragma unroll
+        for (int i = 0; i < R::kPerVector; ++i) {
+            const bool there = channel_q + i < p.c;
+            f.scale[i] = there ? p.bn[kScale * p.c + channel_q + i] : 0.f;
+            f.shift[i] = there ? p.bn[kShift * p.c + channel_q + i] : 0.f;
+        }
+    }
+    const int channel_warp = channel0 + 16 * slab_warp, channel = channel_warp + 4 * (lane & 3);
+    const Taps<T, kStride, R::kPitch> taps(static_cast<const char*>(p.weight) + int64_t{9} * channel_warp * R::kItem, lane,
+                                           p.c - channel_warp);
+
+    const int64_t row_bytes = static_cast<int64_t>(p.w) * p.c * R::kItem;
+    const int above = at.top * kStride - 1, rows_in = (at.bottom - at.top - 1) * kStride + 3;
+    const auto inside = [&](int t) { return t < rows_in && above + t >= 0 && above + t < p.h; };
+    f.x_row = static_cast<const char*>(p.x) + (image0 * p.h + above) * row_bytes;
+    int raw_slot = 0, ring_slot = 0, t = 0;  // t: the next input row to activate
+    for (int i = 0; i < F::kAhead; ++i, f.x_row += row_bytes) f.fetch(raw + i * F::kRawRow, inside(i));
+    const auto advance = [&] {
+        wait_copies<F::kAhead - 1>();
+        f.activate(raw + raw_slot * F::kRawRow, ring + ring_slot * F::kRowBytes, inside(t));
+        f.fetch(raw + raw_slot * F::kRawRow, inside(t + F::kAhead));
+        f.x_row += row_bytes;
+        raw_slot = raw_slot + 1 == F::kAhead ? 0 : raw_slot + 1;
+        ring_slot = ring_slot + 1 == F::kRing ? 0 : ring_slot + 1;
+        ++t;
+    };
+    for (int i = 0; i < 3; ++i) advance();
+
+    Moments<T> moments;
+    char* y_row = static_cast<char*>(p.y) + ((image0 * p.ho + at.top) * p.wo * p.c + channel) * R::kItem;
+    const int tiles = (at.groups * columns + 15) / 16;
+    int oldest = 0;
+    for (int oh = at.top; oh < at.bottom; ++oh) {
+        __syncthreads();
+        uint32_t rows[3];
+#pragma unroll
+        for (int i = 0; i < 3; ++i)
+            rows[i] = ring + (oldest + i >= F::kRing ? oldest + i - F::kRing : oldest + i) * F::kRowBytes;
+#pragma unroll 1
+        for (int tile = row_warp; tile < tiles; tile += kRowWarps) {
+            float sums[2][4] = {};
+            taps.apply(sums, rows, first + 16 * tile, second + 16 * tile, lane, 32 * slab_warp);
+            const uint32_t* place = out + 16 * tile + (lane >> 2);
+            const uint32_t out_0 = place[0], out_1 = place[8];
+            if constexpr (T::kPacked) {
+                uint32_t y[2][2];
+#pragma unroll
+                for (int h = 0; h < 2; ++h)
+                    y[h][0] = T::pack(sums[h][0], sums[h][1]), y[h][1] = T::pack(sums[h][2], sums[h][3]);
+                if (channel < p.c) {
+                    if (out_0 != kNowhere)
+                        *reinterpret_cast<uint2*>(y_row + uint64_t{2} * out_0) = make_uint2(y[0][0], y[1][0]);
+                    if (out_1 != kNowhere)
+                        *reinterpret_cast<uint2*>(y_row + uint64_t{2} * out_1) = make_uint2(y[0][1], y[1][1]);
+                }
+                moments.add(y, out_0 != kNowhere, out_1 != kNowhere);
+            } else {
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    const uint32_t to = r ? out_1 : out_0;
+                    if (to == kNowhere) continue;
+                    const float y[4] = {sums[0][2 * r], sums[0][2 * r + 1], sums[1][2 * r], sums[1][2 * r + 1]};
+                    if (channel < p.c)
+                        *reinterpret_cast<float4*>(y_row + uint64_t{4} * to) = make_float4(y[0], y[1], y[2], y[3]);
+                    moments.add(y);
+                }
+            }
+        }
+        if (oh + 1 < at.bottom) {
+#pragma unroll
+            for (int i = 0; i < kStride; ++i) advance();
+        }
+        y_row += static_cast<int64_t>(p.wo) * p.c * R::kItem;
+        oldest = oldest + kStride >= F::kRing ? oldest + kStride - F::kRing : oldest + kStride;
+    }
+    wait_copies<0>();
+    __syncthreads();
+
+    // The parts of the block, merged in their order; `out` still says which pixels are there.
+    float* counts = reinterpret_cast<float*>(shared);
+    float *means = counts + F::kParts, *m2s = means + F::kParts * R::kChannels;
+    const int part = T::kPacked ? row_warp : row_warp * 8 + (lane >> 2);
+    float n = moments.count;
+    if constexpr (T::kPacked) {
+        int pixels = 0;
+        for (int tile = row_warp; tile < tiles; tile += kRowWarps)
+            pixels += __popc(__ballot_sync(~0u, lane < 16 && out[16 * tile + (lane & 15)] != kNowhere));
+        n = static_cast<float>(pixels * (at.bottom - at.top));
+    }
+    const int offset = part * R::kChannels + 16 * slab_warp;
+    moments.leave(means + offset, m2s + offset, n, lane);
+    if ((T::kPacked ? lane : lane & 3) == 0 && slab_warp == 0) counts[part] = n;
+    __syncthreads();
+    if (tid < R::kChannels && channel0 + tid < p.c) {
+        float count = 0, mean = 0, m2 = 0;
+        for (int i = 0; i < F::kParts; ++i)
+            if (counts[i] > 0)
+                merge_moments(count, mean, m2, counts[i], means[i * R::kChannels + tid], m2s[i * R::kChannels + tid]);
+        float* moments_out = p.moments + at.part * 3 * p.c + channel0 + tid;
+        moments_out[0] = count, moments_out[p.c] = mean, moments_out[2 * p.c] = m2;
+    }
+}
+
+}  // namespace
+
+// Older architectures lack cp.async, bfloat16 products and clamps that keep NaN; nothing is launched there.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define MBV2_BODY(...) __VA_ARGS__
+#else
+#define MBV2_BODY(...)
+#endif
+
+#ifdef MBV2_STATIC_REPORT
+#define MBV2_SHARED(NAME, BYTES) extern "C" __device__ int NAME##_shared_bytes = BYTES;
+#else
+#define MBV2_SHARED(NAME, BYTES)
+#endif
+
+#define MBV2_KERNEL(NAME, T, STRIDE, NORMALISE, SLABS)                                                                \
+    extern "C" __global__ void __launch_bounds__(128 * SLABS, T::kPacked ? 4 : 3)                                     \
+        NAME(const __grid_constant__ DepthwiseParams p) {                                                             \
+        MBV2_BODY((depthwise<T, STRIDE, NORMALISE, SLABS>(p));)                                                       \
+    }                                                                                                                 \
+    MBV2_SHARED(NAME, (Forward<T, STRIDE, NORMALISE, SLABS>::kSharedBytes))
+
+#define MBV2_KERNELS(KIND, T)                                  \
+    MBV2_KERNEL(mbv2_depthwise_##KIND##_s1_x1, T, 1, false, 1) \
+    MBV2_KERNEL(mbv2_depthwise_##KIND##_s2_x1, T, 2, false, 1) \
+    MBV2_KERNEL(mbv2_depthwise_##KIND##_s1_bn1, T, 1, true, 1) \
+    MBV2_KERNEL(mbv2_depthwise_##KIND##_s2_bn1, T, 2, true, 1)
+
+MBV2_KERNELS(float16, Half)
+MBV2_KERNELS(bfloat16, BFloat16)
+MBV2_KERNELS(float32, Single)
+
+namespace {
+
+template <class T, int kStride>
+const char* launch(const DepthwiseParams& p, const void* normalised, const void* plain, cudaStream_t stream) {
+    using F = Forward<T, kStride, true, 1>;
+    const void* kernel = p.bn ? normalised : plain;
+    const int64_t blocks = depthwise_blocks(p.n, p.c, p.cut);
+    if (blocks == 0) return nullptr;
+    if (blocks > INT32_MAX) return "more blocks than a launch can have";
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, F::kSharedBytes);
+    if (error == cudaSuccess) {
+        void* arguments[] = {const_cast<DepthwiseParams*>(&p)};
+        error = cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(F::R::kThreads), arguments,
+                                 F::kSharedBytes, stream);
+    }
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+
+#define MBV2_LAUNCH(KIND, T)                                                                                          \
+    return stride == 1 ? launch<T, 1>(params, reinterpret_cast<const void*>(&mbv2_depthwise_##KIND##_s1_bn1),         \
+                                      reinterpret_cast<const void*>(&mbv2_depthwise_##KIND##_s1_x1), stream)          \
+                       : launch<T, 2>(params, reinterpret_cast<const void*>(&mbv2_depthwise_##KIND##_s2_bn1),         \
+                                      reinterpret_cast<const void*>(&mbv2_depthwise_##KIND##_s2_x1), stream)
+
+const char* launch_depthwise(const DepthwiseParams& params, DepthwiseType type, int stride, cudaStream_t stream) {
+    switch (type) {
+        case kFloat16:
+            MBV2_LAUNCH(float16, Half);
+        case kBFloat16:
+            MBV2_LAUNCH(bfloat16, BFloat16);
+        default:
+            MBV2_LAUNCH(float32, Single);
+    }
+}
+
+}  // namespace cuda
+}  // namespace mbv2
