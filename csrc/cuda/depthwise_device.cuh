@@ -208,24 +208,118 @@ struct Row {
     }
 };
 
-// The position of a block in the launch.
+// The nine taps of a lane's channels, and the convolution of 16 pixels.
+template <class T, int kStride, int kPitch>
+struct Taps {
+    // 16-bit types, by half of the channels: diagonal matrices of taps (0, kw) and (1, kw), of (2, 0) and (2, 1), of (2, 2).
+    uint32_t pair[2][4][2], last[2];
+    float tap[T::kPacked ? 1 : 9][4];
+
+    // `weight` [channels, 9] of the warp's 16 channels, `count` of which are there; kFlip: the taps in reverse order.
+    template <bool kFlip>
+    __device__ __forceinline__ void load(const void* weight, int lane, int count) {
+        if constexpr (T::kPacked) {
+            const uint16_t* w = static_cast<const uint16_t*>(weight);
+            const int n = lane >> 2, j = lane & 3;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int channel = 4 * (n >> 1) + 2 * half + (n & 1);
+                const bool there = j == n >> 1 && channel < count;
+#pragma unroll
+                for (int t = 0; t < 9; ++t) {
+                    const uint32_t value = there ? w[channel * 9 + (kFlip ? 8 - t : t)] : 0;
+                    const uint32_t placed = n & 1 ? value << 16 : value;
+                    if (t < 6)
+                        pair[half][t % 3][t / 3] = placed;
+                    else if (t < 8)
+                        pair[half][3][t - 6] = placed;
+                    else
+                        last[half] = placed;
+                }
+            }
+        } else {
+            const float* w = static_cast<const float*>(weight);
+#pragma unroll
+            for (int t = 0; t < 9; ++t)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int channel = 4 * (lane & 3) + i;
+                    tap[t][i] = channel < count ? w[channel * 9 + (kFlip ? 8 - t : t)] : 0.f;
+                }
+        }
+    }
+
+    // sums[h][2 r + e] += channel 4 j + 2 h + e of pixel g + 8 r, where lane = 4 g + j; `first` and `second` are the
+    // tile's places of columns, `slab` the bytes before the warp's channels.
+    __device__ __forceinline__ void apply(float (&sums)[2][4], const uint32_t (&rows)[3], const uint32_t* first,
+                                          const uint32_t* second, int lane, uint32_t slab) const {
+        const auto column = [](int kw, uint32_t c0, uint32_t c1) {
+            if (kStride == 1) return c0 + kw * kPitch;
+            return kw == 1 ? c1 : c0 + kw / 2 * kPitch;
+        };
+        if constexpr (T::kPacked) {
+            // A matrix product takes two taps: the warp's lower half addresses the first one's pixels, the upper half
+            // the second one's.
+            const bool upper = lane >= 16;
+            const uint32_t c0 = first[lane & 15] + slab, c1 = kStride == 1 ? c0 + kPitch : second[lane & 15] + slab;
+            const uint32_t two_rows = upper ? rows[1] : rows[0];
+            const uint32_t third_row = rows[2] + (upper ? c1 : c0);
+            uint32_t a[4];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+#pragma unroll
+                for (int kw = 0; kw < 3; ++kw) {
+                    load_matrices(a, two_rows + column(kw, c0, c1) + 16 * half);
+                    T::multiply(sums[half], a[0], a[1], a[2], a[3], pair[half][kw][0], pair[half][kw][1]);
+                }
+                load_matrices(a, third_row + 16 * half);
+                T::multiply(sums[half], a[0], a[1], a[2], a[3], pair[half][3][0], pair[half][3][1]);
+            }
+            load_matrices(a, rows[2] + column(2, c0, c1) + (lane & 16));
+            T::multiply(sums[0], a[0], a[1], last[0]);
+            T::multiply(sums[1], a[2], a[3], last[1]);
+        } else {
+            const int j = lane & 3, g = lane >> 2;
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const uint32_t c0 = first[g + 8 * r] + 16 * j, c1 = kStride == 1 ? 0 : second[g + 8 * r] + 16 * j;
+#pragma unroll
+                for (int t = 0; t < 9; ++t) {
+                    const uint4 v = load_shared16(rows[t / 3] + column(t % 3, c0, c1));
+                    sums[0][2 * r] = fmaf(bits_float(v.x), tap[t][0], sums[0][2 * r]);
+                    sums[0][2 * r + 1] = fmaf(bits_float(v.y), tap[t][1], sums[0][2 * r + 1]);
+                    sums[1][2 * r] = fmaf(bits_float(v.z), tap[t][2], sums[1][2 * r]);
+                    sums[1][2 * r + 1] = fmaf(bits_float(v.w), tap[t][3], sums[1][2 * r + 1]);
+                }
+            }
+        }
+    }
+};
+
+// The position of a block in the launch. Group `i` of the block is chunk `chunk(i)` of image `image0 + image(i)`.
 struct Place {
-    int slab, strip;
-    int64_t first_group, part;
+    int slab;
+    unsigned part;
+    int64_t image0;
     int groups;  // of this block
     int top, bottom;
+    unsigned chunk0, chunks;
 
     __device__ __forceinline__ Place(const DepthwiseCut& cut, int n, int c, int rows_of_image) {
-        const int slabs = (c + 16 * cut.slabs - 1) / (16 * cut.slabs);
-        slab = blockIdx.x % slabs;
+        const unsigned slabs = (c + 16 * cut.slabs - 1) / (16 * cut.slabs);
         part = blockIdx.x / slabs;
-        strip = static_cast<int>(part % cut.strips);
-        first_group = part / cut.strips * cut.groups;
-        const int64_t left = static_cast<int64_t>(n) * cut.chunks - first_group;
-        groups = left < cut.groups ? static_cast<int>(left) : cut.groups;
+        slab = static_cast<int>(blockIdx.x - part * slabs);
+        const unsigned along = part / cut.strips, strip = part - along * cut.strips;
+        const unsigned first_group = along * cut.groups, left = n * cut.chunks - first_group;
+        groups = static_cast<int>(min(left, static_cast<unsigned>(cut.groups)));
+        chunks = cut.chunks;
+        image0 = first_group / chunks;
+        chunk0 = first_group % chunks;
         top = strip * cut.rows;
-        bottom = min(top + cut.rows, rows_of_image);
+        bottom = min(static_cast<int>(top) + cut.rows, rows_of_image);
     }
+    __device__ __forceinline__ unsigned image(unsigned group) const { return (chunk0 + group) / chunks; }
+    __device__ __forceinline__ int chunk(unsigned group) const { return (chunk0 + group) % chunks; }
 };
 
 // Adds part (n, mean, m2) to a channel's moments, Chan's formula.

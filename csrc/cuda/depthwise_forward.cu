@@ -73,119 +73,38 @@ struct Forward {
     }
 };
 
-// The nine taps of a lane's channels and the convolution of 16 pixels.
-template <class T, int kStride, int kPitch>
-struct Taps {
-    uint32_t pair[2][4][2], last[2];  // 16-bit types: diagonal matrices by half of the channels
-    float tap[T::kPacked ? 1 : 9][4];
-
-    // `weight` [channels, 9] of the warp's 16 channels, `count` of which are there.
-    __device__ __forceinline__ Taps(const void* weight, int lane, int count) {
-        if constexpr (T::kPacked) {
-            const uint16_t* w = static_cast<const uint16_t*>(weight);
-            const int n = lane >> 2, k = 2 * (lane & 3);
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int channel = 4 * (n >> 1) + 2 * half + (n & 1);
-#pragma unroll
-                for (int t = 0; t < 9; ++t) {
-                    const uint32_t value = (n >> 1) == (k >> 1) && channel < count ? w[channel * 9 + t] : 0;
-                    const uint32_t placed = n & 1 ? value << 16 : value;
-                    if (t < 8)
-                        pair[half][t >> 1][t & 1] = placed;
-                    else
-                        last[half] = placed;
-                }
-            }
-        } else {
-            const float* w = static_cast<const float*>(weight);
-#pragma unroll
-            for (int t = 0; t < 9; ++t)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int channel = 4 * (lane & 3) + i;
-                    tap[t][i] = channel < count ? w[channel * 9 + t] : 0.f;
-                }
-        }
-    }
-
-    // Offset of tap `t` from a pixel of which the table says where its column of taps 0 (and, at stride 2, 1) lies.
-    static __device__ __forceinline__ uint32_t column(int t, uint32_t first, uint32_t second) {
-        if (kStride == 1) return first + (t % 3) * kPitch;
-        return t % 3 == 1 ? second : first + (t % 3) / 2 * kPitch;
-    }
-
-    // sums[h][2 r + e]: channel 4 j + 2 h + e of pixel g + 8 r, where lane = 4 g + j.
-    __device__ __forceinline__ void apply(float (&sums)[2][4], const uint32_t (&rows)[3], const uint32_t* first,
-                                          const uint32_t* second, int lane, uint32_t slab) const {
-        if constexpr (T::kPacked) {
-            const uint32_t place = slab + (lane >> 4) * 16;
-            const uint32_t c0 = first[lane & 15] + place, c1 = kStride == 1 ? 0 : second[lane & 15] + place;
-#pragma unroll
-            for (int p = 0; p < 5; ++p) {
-                uint32_t a[4], b[4];
-                load_matrices(a, rows[2 * p / 3] + column(2 * p, c0, c1));
-                if (p < 4) {
-                    load_matrices(b, rows[(2 * p + 1) / 3] + column(2 * p + 1, c0, c1));
-                    T::multiply(sums[0], a[0], a[1], b[0], b[1], pair[0][p][0], pair[0][p][1]);
-                    T::multiply(sums[1], a[2], a[3], b[2], b[3], pair[1][p][0], pair[1][p][1]);
-                } else {
-                    T::multiply(sums[0], a[0], a[1], last[0]);
-                    T::multiply(sums[1], a[2], a[3], last[1]);
-                }
-            }
-        } else {
-            const int j = lane & 3, g = lane >> 2;
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const uint32_t c0 = first[g + 8 * r] + 16 * j, c1 = kStride == 1 ? 0 : second[g + 8 * r] + 16 * j;
-#pragma unroll
-                for (int t = 0; t < 9; ++t) {
-                    const uint4 v = load_shared16(rows[t / 3] + column(t, c0, c1));
-                    sums[0][2 * r] = fmaf(bits_float(v.x), tap[t][0], sums[0][2 * r]);
-                    sums[0][2 * r + 1] = fmaf(bits_float(v.y), tap[t][1], sums[0][2 * r + 1]);
-                    sums[1][2 * r] = fmaf(bits_float(v.z), tap[t][2], sums[1][2 * r]);
-                    sums[1][2 * r + 1] = fmaf(bits_float(v.w), tap[t][3], sums[1][2 * r + 1]);
-                }
-            }
-        }
-    }
-};
-
 // Sums over pixels of y and of d^2, d = y - origin, of the channels of a warp.
 template <class T>
 struct Moments {
-    uint32_t origin[2];                                          // 16-bit types: twice, of channel `mine`
+    // 16-bit types: the origin, twice, of the channel on the lane's diagonal; and those of the lane's own channels, which
+    // stand in for pixels that are not there.
+    uint32_t origin[2] = {}, filler[2] = {};
     float products[2][4] = {}, sums[2][4] = {};                  // d' d and ones' y
     float first[4] = {}, total[4] = {}, squares[4] = {};         // float32
     float count = 0;                                             // float32: of the lane
-    bool begun = false;
+    bool begun = false;  // float32
 
-    // 16-bit types: y[h][r] is of the two channels 4 j + 2 h + {0, 1} of pixel g + 8 r, lane = 4 g + j.
-    __device__ __forceinline__ void add(const uint32_t (&y)[2][2], bool there_0, bool there_1) {
-        const unsigned low = __ballot_sync(~0u, there_0), high = __ballot_sync(~0u, there_1);
-        const bool full = (low & high) == ~0u;
-        uint32_t kept_0 = ~0u, kept_1 = ~0u;  // after transposition: pixels 2 j, 2 j + 1 (+ 8) of channel g
-        if (!full) {
-            const int at = 8 * (threadIdx.x & 3);
-            kept_0 = (low >> at & 1 ? 0xffffu : 0) | (low >> at & 16 ? 0xffff0000u : 0);
-            kept_1 = (high >> at & 1 ? 0xffffu : 0) | (high >> at & 16 ? 0xffff0000u : 0);
-        }
-        if (!begun && (low | high) == 0) return;
+    // The origins are channels' values of `pixel` of a tile.
+    __device__ __forceinline__ void begin(const float (&values)[2][4], int pixel, int lane) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            uint32_t y0 = transposed(y[h][0]), y1 = transposed(y[h][1]);
-            if (!begun) {
-                const int pixel = (__ffs(low ? low : high) - 1) >> 2;
-                const uint32_t pair = __shfl_sync(~0u, low ? y0 : y1, (threadIdx.x & 28) | pixel >> 1);
-                origin[h] = __byte_perm(pair, 0, pixel & 1 ? 0x3232 : 0x1010);
-            }
-            uint32_t d0 = T::subtract(y0, origin[h]), d1 = T::subtract(y1, origin[h]);
-            if (!full) y0 &= kept_0, y1 &= kept_1, d0 &= kept_0, d1 &= kept_1;
+            const uint32_t low = T::pack(values[h][0], values[h][1]), high = T::pack(values[h][2], values[h][3]);
+            const uint32_t value = pixel < 8 ? low : high;
+            filler[h] = __shfl_sync(~0u, value, 4 * (pixel & 7) + (lane & 3));
+            const uint32_t pair = __shfl_sync(~0u, value, 4 * (pixel & 7) + (lane >> 3));
+            origin[h] = __byte_perm(pair, 0, lane & 4 ? 0x3232 : 0x1010);
+        }
+    }
+
+    // 16-bit types: y[h][r] is of the two channels 4 j + 2 h + {0, 1} of pixel g + 8 r, lane = 4 g + j.
+    __device__ __forceinline__ void add(const uint32_t (&y)[2][2]) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const uint32_t y0 = transposed(y[h][0]), y1 = transposed(y[h][1]);
+            const uint32_t d0 = T::subtract(y0, origin[h]), d1 = T::subtract(y1, origin[h]);
             T::multiply(products[h], d0, d0, d1, d1, d0, d1);
             T::multiply(sums[h], T::kOnes, T::kOnes, T::kOnes, T::kOnes, y0, y1);
         }
-        begun = true;
     }
 
     __device__ __forceinline__ void add(const float (&y)[4]) {
@@ -203,8 +122,8 @@ struct Moments {
         }
     }
 
-    // Leaves mean and M2 of the `n` values of each channel of the warp (float32: of the lane).
-    __device__ __forceinline__ void leave(float* mean, float* m2, float n, int lane) const {
+    // Leaves mean and M2 of the `n` values of each channel of the warp, to which `filled` were added (float32: of the lane).
+    __device__ __forceinline__ void leave(float* mean, float* m2, float n, float filled, int lane) const {
         const int g = lane >> 2, j = lane & 3;
         if (n == 0) return;
         if constexpr (T::kPacked) {
@@ -212,7 +131,7 @@ struct Moments {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const int channel = 4 * j + 2 * h + (g & 1);
-                const float m = (g & 1 ? sums[h][1] : sums[h][0]) / n, off = m - T::low(origin[h]);
+                const float o = T::low(origin[h]), m = fmaf(-filled, o, g & 1 ? sums[h][1] : sums[h][0]) / n, off = m - o;
                 mean[channel] = m;
                 m2[channel] = positive(fmaf(-n * off, off, g & 1 ? products[h][1] : products[h][0]));
             }
@@ -238,8 +157,8 @@ __device__ __forceinline__ void depthwise(const DepthwiseParams& p) {
     const int tid = threadIdx.x, lane = tid & 31, row_warp = (tid >> 5) % kRowWarps;
     const int slab_warp = tid / (32 * kRowWarps);
     const int channel0 = at.slab * R::kChannels;
-    const int64_t image0 = at.first_group / p.cut.chunks;
-    const int columns = p.cut.columns, wide = (columns - 1) * kStride + 3;
+    const int64_t image0 = at.image0;
+    const unsigned columns = p.cut.columns, wide = (columns - 1) * kStride + 3;
     const uint32_t ring = shared_address(shared), raw = ring + F::kRing * F::kRowBytes + tid * 16;
     uint32_t* first = reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(shared) + F::kTables);
     uint32_t *second = first + F::kOutputs, *out = second + F::kOutputs;
@@ -249,17 +168,14 @@ __device__ __forceinline__ void depthwise(const DepthwiseParams& p) {
     const int odd = p.cut.groups * (columns + 1);  // at stride 2 odd columns lie behind the even ones
 #pragma unroll
     for (int k = 0; k < F::kLoads; ++k) {
-        const int pixel = tid / R::kVectors + k * R::kPixelsAtOnce;
-        const int group = pixel / wide, i = pixel % wide;
-        const int64_t index = at.first_group + group;
-        const int column = static_cast<int>(index % p.cut.chunks) * columns * kStride - 1 + i;
+        const unsigned pixel = tid / R::kVectors + k * R::kPixelsAtOnce, group = pixel / wide, i = pixel - group * wide;
+        const int column = at.chunk(group) * columns * kStride - 1 + i;
         const bool inside = group < at.groups && column >= 0 && column < p.w && channel_q < p.c;
         const int position = kStride == 1 ? pixel : i & 1 ? odd + group * columns + i / 2 : group * (columns + 1) + i / 2;
         f.to[k] = position * R::kPitch + R::place(q);
         f.from[k] = kNowhere;
         if (inside) {
-            const int64_t image = index / p.cut.chunks - image0;
-            f.from[k] = static_cast<uint32_t>((image * p.h * p.w + column) * p.c + channel_q);
+            f.from[k] = (at.image(group) * p.h * p.w + column) * p.c + channel_q;
         } else if (group < p.cut.groups) {
             for (int r = 0; r < F::kRing; ++r) R::put(ring + r * F::kRowBytes + f.to[k], uint4{});
         }
@@ -269,15 +185,13 @@ __device__ __forceinline__ void depthwise(const DepthwiseParams& p) {
         store_shared16(ring + r * F::kRowBytes + F::kPixels * R::kPitch + 16 * place, uint4{});
     }
     for (int v = tid; v < F::kOutputs; v += R::kThreads) {
-        const int group = v / columns, i = v % columns;
-        const int64_t index = at.first_group + group;
-        const int column = static_cast<int>(index % p.cut.chunks) * columns + i;
+        const unsigned group = v / columns, i = v - group * columns;
+        const int column = at.chunk(group) * columns + i;
         const bool there = group < at.groups && column < p.wo;
-        const int64_t image = index / p.cut.chunks - image0;
-        const int zero = F::kPixels * R::kPitch;
+        const unsigned zero = F::kPixels * R::kPitch;
         first[v] = !there ? zero : (kStride == 1 ? group * wide + i : group * (columns + 1) + i) * R::kPitch;
-        second[v] = !there ? zero : (odd + group * columns + i) * R::kPitch;
-        out[v] = there ? static_cast<uint32_t>((image * p.ho * p.wo + column) * p.c) : kNowhere;
+        if (kStride == 2) second[v] = !there ? zero : (odd + group * columns + i) * R::kPitch;
+        out[v] = there ? (at.image(group) * p.ho * p.wo + column) * p.c : kNowhere;
     }
     if constexpr (kNormalise) {
 #pragma unroll
@@ -288,36 +202,52 @@ __device__ __forceinline__ void depthwise(const DepthwiseParams& p) {
         }
     }
     const int channel_warp = channel0 + 16 * slab_warp, channel = channel_warp + 4 * (lane & 3);
-    const Taps<T, kStride, R::kPitch> taps(static_cast<const char*>(p.weight) + int64_t{9} * channel_warp * R::kItem, lane,
-                                           p.c - channel_warp);
+    Taps<T, kStride, R::kPitch> taps;
+    taps.template load<false>(static_cast<const char*>(p.weight) + int64_t{9} * channel_warp * R::kItem, lane,
+                              p.c - channel_warp);
 
     const int64_t row_bytes = static_cast<int64_t>(p.w) * p.c * R::kItem;
     const int above = at.top * kStride - 1, rows_in = (at.bottom - at.top - 1) * kStride + 3;
-    const auto inside = [&](int t) { return t < rows_in && above + t >= 0 && above + t < p.h; };
+    const int first_row = above < 0 ? 1 : 0, last_row = min(rows_in, p.h - above);  // of those, the image's
     f.x_row = static_cast<const char*>(p.x) + (image0 * p.h + above) * row_bytes;
-    int raw_slot = 0, ring_slot = 0, t = 0;  // t: the next input row to activate
-    for (int i = 0; i < F::kAhead; ++i, f.x_row += row_bytes) f.fetch(raw + i * F::kRawRow, inside(i));
+    const uint32_t raw_end = raw + F::kAhead * F::kRawRow, ring_end = ring + F::kRing * F::kRowBytes;
+    uint32_t raw_row = raw, ring_row = ring;
+    int t = 0;  // the next input row to activate
+    for (int i = 0; i < F::kAhead; ++i, f.x_row += row_bytes)
+        f.fetch(raw + i * F::kRawRow, i >= first_row && i < last_row);
     const auto advance = [&] {
         wait_copies<F::kAhead - 1>();
-        f.activate(raw + raw_slot * F::kRawRow, ring + ring_slot * F::kRowBytes, inside(t));
-        f.fetch(raw + raw_slot * F::kRawRow, inside(t + F::kAhead));
+        f.activate(raw_row, ring_row, t >= first_row && t < last_row);
+        f.fetch(raw_row, t + F::kAhead < last_row);
         f.x_row += row_bytes;
-        raw_slot = raw_slot + 1 == F::kAhead ? 0 : raw_slot + 1;
-        ring_slot = ring_slot + 1 == F::kRing ? 0 : ring_slot + 1;
+        raw_row += F::kRawRow, ring_row += F::kRowBytes;
+        if (raw_row == raw_end) raw_row = raw;
+        if (ring_row == ring_end) ring_row = ring;
         ++t;
     };
+#pragma unroll 1
     for (int i = 0; i < 3; ++i) advance();
 
-    Moments<T> moments;
+    const int64_t out_bytes = static_cast<int64_t>(p.wo) * p.c * R::kItem;
     char* y_row = static_cast<char*>(p.y) + ((image0 * p.ho + at.top) * p.wo * p.c + channel) * R::kItem;
     const int tiles = (at.groups * columns + 15) / 16;
-    int oldest = 0;
-    for (int oh = at.top; oh < at.bottom; ++oh) {
-        __syncthreads();
-        uint32_t rows[3];
-#pragma unroll
-        for (int i = 0; i < 3; ++i)
-            rows[i] = ring + (oldest + i >= F::kRing ? oldest + i - F::kRing : oldest + i) * F::kRowBytes;
+    uint32_t rows[3] = {ring, ring + F::kRowBytes, ring + 2 * F::kRowBytes};
+    Moments<T> moments;
+    int pixels = 0, filled = 0;  // of the warp's tiles, those that are there and the others
+    __syncthreads();
+    if constexpr (T::kPacked) {
+        for (int tile = row_warp; tile < tiles; tile += kRowWarps) {
+            const unsigned there = __ballot_sync(~0u, out[16 * tile + (lane & 15)] != kNowhere) & 0xffff;
+            if (there && pixels == 0) {
+                float sums[2][4] = {};
+                taps.apply(sums, rows, first + 16 * tile, second + 16 * tile, lane, 32 * slab_warp);
+                moments.begin(sums, __ffs(there) - 1, lane);
+            }
+            pixels += __popc(there);
+            filled += 16 - __popc(there);
+        }
+    }
+    for (int oh = at.top;;) {
 #pragma unroll 1
         for (int tile = row_warp; tile < tiles; tile += kRowWarps) {
             float sums[2][4] = {};
@@ -329,13 +259,16 @@ __device__ __forceinline__ void depthwise(const DepthwiseParams& p) {
 #pragma unroll
                 for (int h = 0; h < 2; ++h)
                     y[h][0] = T::pack(sums[h][0], sums[h][1]), y[h][1] = T::pack(sums[h][2], sums[h][3]);
-                if (channel < p.c) {
-                    if (out_0 != kNowhere)
-                        *reinterpret_cast<uint2*>(y_row + uint64_t{2} * out_0) = make_uint2(y[0][0], y[1][0]);
-                    if (out_1 != kNowhere)
-                        *reinterpret_cast<uint2*>(y_row + uint64_t{2} * out_1) = make_uint2(y[0][1], y[1][1]);
-                }
-                moments.add(y, out_0 != kNowhere, out_1 != kNowhere);
+                // Where a pixel is not there, the origin in its place adds nothing to the squares.
+                if (out_0 == kNowhere)
+                    y[0][0] = moments.filler[0], y[1][0] = moments.filler[1];
+                else if (channel < p.c)
+                    *reinterpret_cast<uint2*>(y_row + uint64_t{2} * out_0) = make_uint2(y[0][0], y[1][0]);
+                if (out_1 == kNowhere)
+                    y[0][1] = moments.filler[0], y[1][1] = moments.filler[1];
+                else if (channel < p.c)
+                    *reinterpret_cast<uint2*>(y_row + uint64_t{2} * out_1) = make_uint2(y[0][1], y[1][1]);
+                moments.add(y);
             } else {
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
@@ -348,29 +281,28 @@ __device__ __forceinline__ void depthwise(const DepthwiseParams& p) {
                 }
             }
         }
-        if (oh + 1 < at.bottom) {
+        if (++oh == at.bottom) break;
+        // Into rows that no warp reads any more since the last barrier.
 #pragma unroll
-            for (int i = 0; i < kStride; ++i) advance();
+        for (int i = 0; i < kStride; ++i) advance();
+        y_row += out_bytes;
+#pragma unroll
+        for (int i = 0; i < 3; ++i) {
+            rows[i] += kStride * F::kRowBytes;
+            if (rows[i] >= ring_end) rows[i] -= F::kRing * F::kRowBytes;
         }
-        y_row += static_cast<int64_t>(p.wo) * p.c * R::kItem;
-        oldest = oldest + kStride >= F::kRing ? oldest + kStride - F::kRing : oldest + kStride;
+        __syncthreads();
     }
     wait_copies<0>();
     __syncthreads();
 
-    // The parts of the block, merged in their order; `out` still says which pixels are there.
+    // The parts of the block, merged in their order.
     float* counts = reinterpret_cast<float*>(shared);
     float *means = counts + F::kParts, *m2s = means + F::kParts * R::kChannels;
     const int part = T::kPacked ? row_warp : row_warp * 8 + (lane >> 2);
-    float n = moments.count;
-    if constexpr (T::kPacked) {
-        int pixels = 0;
-        for (int tile = row_warp; tile < tiles; tile += kRowWarps)
-            pixels += __popc(__ballot_sync(~0u, lane < 16 && out[16 * tile + (lane & 15)] != kNowhere));
-        n = static_cast<float>(pixels * (at.bottom - at.top));
-    }
+    const float n = T::kPacked ? static_cast<float>(pixels * (at.bottom - at.top)) : moments.count;
     const int offset = part * R::kChannels + 16 * slab_warp;
-    moments.leave(means + offset, m2s + offset, n, lane);
+    moments.leave(means + offset, m2s + offset, n, static_cast<float>(filled * (at.bottom - at.top)), lane);
     if ((T::kPacked ? lane : lane & 3) == 0 && slab_warp == 0) counts[part] = n;
     __syncthreads();
     if (tid < R::kChannels && channel0 + tid < p.c) {
@@ -378,7 +310,7 @@ __device__ __forceinline__ void depthwise(const DepthwiseParams& p) {
         for (int i = 0; i < F::kParts; ++i)
             if (counts[i] > 0)
                 merge_moments(count, mean, m2, counts[i], means[i * R::kChannels + tid], m2s[i * R::kChannels + tid]);
-        float* moments_out = p.moments + at.part * 3 * p.c + channel0 + tid;
+        float* moments_out = p.moments + int64_t{3} * at.part * p.c + channel0 + tid;
         moments_out[0] = count, moments_out[p.c] = mean, moments_out[2 * p.c] = m2;
     }
 }
