@@ -30,6 +30,16 @@ __device__ __forceinline__ void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+__device__ __forceinline__ uint32_t load_shared4(uint32_t at) {
+    uint32_t v;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(at));
+    return v;
+}
+
+__device__ __forceinline__ void store_shared4(uint32_t at, uint32_t v) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(v) : "memory");
+}
+
 __device__ __forceinline__ uint4 load_shared16(uint32_t at) {
     uint4 v;
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
@@ -70,6 +80,20 @@ __device__ __forceinline__ uint32_t transposed(uint32_t m) {
     uint32_t out;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(m));
     return out;
+}
+
+// A store without a branch around it.
+__device__ __forceinline__ void store_if(bool wanted, void* to, uint32_t x, uint32_t y) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p st.global.v2.b32 [%0], {%1, %2};}" ::"l"(to), "r"(x), "r"(y),
+                 "r"(static_cast<uint32_t>(wanted))
+                 : "memory");
+}
+
+// A constant that the compiler keeps in a register.
+__device__ __forceinline__ uint32_t kept(uint32_t constant) {
+    uint32_t v;
+    asm volatile("mov.b32 %0, %1;" : "=r"(v) : "r"(constant));
+    return v;
 }
 
 __device__ __forceinline__ float bits_float(uint32_t bits) { return __uint_as_float(bits); }
@@ -169,6 +193,7 @@ struct BFloat16 {
 
 struct Single {
     static constexpr bool kPacked = false;
+    static constexpr uint32_t kOnes = 0;
 };
 
 // As torch's relu6 on a GPU: NaN stays NaN.
@@ -249,10 +274,10 @@ struct Taps {
         }
     }
 
-    // sums[h][2 r + e] += channel 4 j + 2 h + e of pixel g + 8 r, where lane = 4 g + j; `first` and `second` are the
-    // tile's places of columns, `slab` the bytes before the warp's channels.
-    __device__ __forceinline__ void apply(float (&sums)[2][4], const uint32_t (&rows)[3], const uint32_t* first,
-                                          const uint32_t* second, int lane, uint32_t slab) const {
+    // sums[h][2 r + e] += channel 4 j + 2 h + e of pixel g + 8 r, where lane = 4 g + j. `rows` are the three rows in shared
+    // memory, from the warp's channels on; `first` and `second` the addresses of the tile's places of columns.
+    __device__ __forceinline__ void apply(float (&sums)[2][4], const uint32_t (&rows)[3], uint32_t first, uint32_t second,
+                                          int lane) const {
         const auto column = [](int kw, uint32_t c0, uint32_t c1) {
             if (kStride == 1) return c0 + kw * kPitch;
             return kw == 1 ? c1 : c0 + kw / 2 * kPitch;
@@ -261,9 +286,10 @@ struct Taps {
             // A matrix product takes two taps: the warp's lower half addresses the first one's pixels, the upper half
             // the second one's.
             const bool upper = lane >= 16;
-            const uint32_t c0 = first[lane & 15] + slab, c1 = kStride == 1 ? c0 + kPitch : second[lane & 15] + slab;
+            const uint32_t c0 = load_shared4(first + 4 * (lane & 15));
+            const uint32_t c1 = kStride == 1 ? c0 + kPitch : load_shared4(second + 4 * (lane & 15));
             const uint32_t two_rows = upper ? rows[1] : rows[0];
-            const uint32_t third_row = rows[2] + (upper ? c1 : c0);
+            const uint32_t third_row = kStride == 1 ? rows[2] + (upper ? kPitch : 0) + c0 : rows[2] + (upper ? c1 : c0);
             uint32_t a[4];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
@@ -275,14 +301,15 @@ struct Taps {
                 load_matrices(a, third_row + 16 * half);
                 T::multiply(sums[half], a[0], a[1], a[2], a[3], pair[half][3][0], pair[half][3][1]);
             }
-            load_matrices(a, rows[2] + column(2, c0, c1) + (lane & 16));
+            load_matrices(a, rows[2] + (lane & 16) + column(2, c0, c1));
             T::multiply(sums[0], a[0], a[1], last[0]);
             T::multiply(sums[1], a[2], a[3], last[1]);
         } else {
             const int j = lane & 3, g = lane >> 2;
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                const uint32_t c0 = first[g + 8 * r] + 16 * j, c1 = kStride == 1 ? 0 : second[g + 8 * r] + 16 * j;
+                const uint32_t c0 = load_shared4(first + 4 * (g + 8 * r)) + 16 * j;
+                const uint32_t c1 = kStride == 1 ? 0 : load_shared4(second + 4 * (g + 8 * r)) + 16 * j;
 #pragma unroll
                 for (int t = 0; t < 9; ++t) {
                     const uint4 v = load_shared16(rows[t / 3] + column(t % 3, c0, c1));

@@ -23,7 +23,9 @@ struct Forward {
     static constexpr int kPixels = T::kPacked ? 128 : 64;  // of a row in shared memory, the columns around it included
     static constexpr int kOutputs = kPixels / kStride;
     static constexpr int kLoads = kPixels / R::kPixelsAtOnce;  // of a thread, a row
-    static constexpr int kRing = 3 + kStride, kAhead = 3;
+    static constexpr int kRing = 3 + kStride, kAhead = 2;
+    static constexpr int kPeriod = kStride == 1 ? 4 : 5;  // output rows after which both rings are where they were
+    static_assert(kPeriod * kStride % kRing == 0 && kPeriod * kStride % kAhead == 0);
     // Three zero pixels behind the others stand for what is not there.
     static constexpr int kRowBytes = (kPixels + 3) * R::kPitch;
     static constexpr int kRawRow = kLoads * R::kThreads * 16;
@@ -79,7 +81,8 @@ struct Moments {
     // 16-bit types: the origin, twice, of the channel on the lane's diagonal; and those of the lane's own channels, which
     // stand in for pixels that are not there.
     uint32_t origin[2] = {}, filler[2] = {};
-    float products[2][4] = {}, sums[2][4] = {};                  // d' d and ones' y
+    float low[2][4] = {}, high[2][4] = {}, sums[2][4] = {};  // d' d of pixels 0-7 and 8-15, ones' y
+    uint32_t ones = kept(T::kOnes);
     float first[4] = {}, total[4] = {}, squares[4] = {};         // float32
     float count = 0;                                             // float32: of the lane
     bool begun = false;  // float32
@@ -102,8 +105,10 @@ struct Moments {
         for (int h = 0; h < 2; ++h) {
             const uint32_t y0 = transposed(y[h][0]), y1 = transposed(y[h][1]);
             const uint32_t d0 = T::subtract(y0, origin[h]), d1 = T::subtract(y1, origin[h]);
-            T::multiply(products[h], d0, d0, d1, d1, d0, d1);
-            T::multiply(sums[h], T::kOnes, T::kOnes, T::kOnes, T::kOnes, y0, y1);
+            // Rows 0-7 of the one and 8-15 of the other are what is wanted: no register is copied for it.
+            T::multiply(low[h], d0, d1, d0);
+            T::multiply(high[h], d0, d1, d1);
+            T::multiply(sums[h], ones, ones, ones, ones, y0, y1);
         }
     }
 
@@ -133,7 +138,7 @@ struct Moments {
                 const int channel = 4 * j + 2 * h + (g & 1);
                 const float o = T::low(origin[h]), m = fmaf(-filled, o, g & 1 ? sums[h][1] : sums[h][0]) / n, off = m - o;
                 mean[channel] = m;
-                m2[channel] = positive(fmaf(-n * off, off, g & 1 ? products[h][1] : products[h][0]));
+                m2[channel] = positive(fmaf(-n * off, off, g & 1 ? low[h][1] + high[h][3] : low[h][0] + high[h][2]));
             }
         } else {
 #pragma unroll
@@ -160,8 +165,8 @@ __device__ __forceinline__ void depthwise(const DepthwiseParams& p) {
     const int64_t image0 = at.image0;
     const unsigned columns = p.cut.columns, wide = (columns - 1) * kStride + 3;
     const uint32_t ring = shared_address(shared), raw = ring + F::kRing * F::kRowBytes + tid * 16;
-    uint32_t* first = reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(shared) + F::kTables);
-    uint32_t *second = first + F::kOutputs, *out = second + F::kOutputs;
+    // Of every output column of the block: where its columns of taps are in a ring's row, and where it is in an image.
+    const uint32_t first = ring + F::kTables, second = first + 4 * F::kOutputs, out = second + 4 * F::kOutputs;
 
     F f;
     const int q = tid % R::kVectors, channel_q = channel0 + q * R::kPerVector;
@@ -189,9 +194,10 @@ __device__ __forceinline__ void depthwise(const DepthwiseParams& p) {
         const int column = at.chunk(group) * columns + i;
         const bool there = group < at.groups && column < p.wo;
         const unsigned zero = F::kPixels * R::kPitch;
-        first[v] = !there ? zero : (kStride == 1 ? group * wide + i : group * (columns + 1) + i) * R::kPitch;
-        if (kStride == 2) second[v] = !there ? zero : (odd + group * columns + i) * R::kPitch;
-        out[v] = there ? (at.image(group) * p.ho * p.wo + column) * p.c : kNowhere;
+        const uint32_t c0 = !there ? zero : (kStride == 1 ? group * wide + i : group * (columns + 1) + i) * R::kPitch;
+        store_shared4(first + 4 * v, c0);
+        if (kStride == 2) store_shared4(second + 4 * v, there ? (odd + group * columns + i) * R::kPitch : zero);
+        store_shared4(out + 4 * v, there ? (at.image(group) * p.ho * p.wo + column) * p.c : kNowhere);
     }
     if constexpr (kNormalise) {
 #pragma unroll
@@ -210,88 +216,85 @@ __device__ __forceinline__ void depthwise(const DepthwiseParams& p) {
     const int above = at.top * kStride - 1, rows_in = (at.bottom - at.top - 1) * kStride + 3;
     const int first_row = above < 0 ? 1 : 0, last_row = min(rows_in, p.h - above);  // of those, the image's
     f.x_row = static_cast<const char*>(p.x) + (image0 * p.h + above) * row_bytes;
-    const uint32_t raw_end = raw + F::kAhead * F::kRawRow, ring_end = ring + F::kRing * F::kRowBytes;
-    uint32_t raw_row = raw, ring_row = ring;
     int t = 0;  // the next input row to activate
+#pragma unroll
     for (int i = 0; i < F::kAhead; ++i, f.x_row += row_bytes)
         f.fetch(raw + i * F::kRawRow, i >= first_row && i < last_row);
-    const auto advance = [&] {
+    const auto advance = [&](int row) {  // row: t, or what is left of it after whole periods
+        const uint32_t raw_row = raw + row % F::kAhead * F::kRawRow;
         wait_copies<F::kAhead - 1>();
-        f.activate(raw_row, ring_row, t >= first_row && t < last_row);
+        f.activate(raw_row, ring + row % F::kRing * F::kRowBytes, t >= first_row && t < last_row);
         f.fetch(raw_row, t + F::kAhead < last_row);
         f.x_row += row_bytes;
-        raw_row += F::kRawRow, ring_row += F::kRowBytes;
-        if (raw_row == raw_end) raw_row = raw;
-        if (ring_row == ring_end) ring_row = ring;
         ++t;
     };
-#pragma unroll 1
-    for (int i = 0; i < 3; ++i) advance();
+#pragma unroll
+    for (int i = 0; i < 3; ++i) advance(i);
 
     const int64_t out_bytes = static_cast<int64_t>(p.wo) * p.c * R::kItem;
     char* y_row = static_cast<char*>(p.y) + ((image0 * p.ho + at.top) * p.wo * p.c + channel) * R::kItem;
     const int tiles = (at.groups * columns + 15) / 16;
-    uint32_t rows[3] = {ring, ring + F::kRowBytes, ring + 2 * F::kRowBytes};
+    const uint32_t slab = ring + 32 * slab_warp;
     Moments<T> moments;
     int pixels = 0, filled = 0;  // of the warp's tiles, those that are there and the others
     __syncthreads();
     if constexpr (T::kPacked) {
+#pragma unroll 1
         for (int tile = row_warp; tile < tiles; tile += kRowWarps) {
-            const unsigned there = __ballot_sync(~0u, out[16 * tile + (lane & 15)] != kNowhere) & 0xffff;
+            const unsigned there = __ballot_sync(~0u, load_shared4(out + 64 * tile + 4 * (lane & 15)) != kNowhere) & 0xffff;
             if (there && pixels == 0) {
+                const uint32_t rows[3] = {slab, slab + F::kRowBytes, slab + 2 * F::kRowBytes};
                 float sums[2][4] = {};
-                taps.apply(sums, rows, first + 16 * tile, second + 16 * tile, lane, 32 * slab_warp);
+                taps.apply(sums, rows, first + 64 * tile, second + 64 * tile, lane);
                 moments.begin(sums, __ffs(there) - 1, lane);
             }
             pixels += __popc(there);
             filled += 16 - __popc(there);
         }
     }
-    for (int oh = at.top;;) {
+    const bool writes = channel < p.c;
+    for (int oh = at.top; oh < at.bottom;) {
+#pragma unroll
+        for (int phase = 0; phase < F::kPeriod; ++phase) {
+            uint32_t rows[3];
+#pragma unroll
+            for (int i = 0; i < 3; ++i) rows[i] = slab + (phase * kStride + i) % F::kRing * F::kRowBytes;
 #pragma unroll 1
-        for (int tile = row_warp; tile < tiles; tile += kRowWarps) {
-            float sums[2][4] = {};
-            taps.apply(sums, rows, first + 16 * tile, second + 16 * tile, lane, 32 * slab_warp);
-            const uint32_t* place = out + 16 * tile + (lane >> 2);
-            const uint32_t out_0 = place[0], out_1 = place[8];
-            if constexpr (T::kPacked) {
-                uint32_t y[2][2];
+            for (int tile = row_warp; tile < tiles; tile += kRowWarps) {
+                float sums[2][4] = {};
+                taps.apply(sums, rows, first + 64 * tile, second + 64 * tile, lane);
+                const uint32_t place = out + 64 * tile + (lane & 28);
+                const uint32_t to[2] = {load_shared4(place), load_shared4(place + 32)};
+                if constexpr (T::kPacked) {
+                    uint32_t y[2][2];
 #pragma unroll
-                for (int h = 0; h < 2; ++h)
-                    y[h][0] = T::pack(sums[h][0], sums[h][1]), y[h][1] = T::pack(sums[h][2], sums[h][3]);
-                // Where a pixel is not there, the origin in its place adds nothing to the squares.
-                if (out_0 == kNowhere)
-                    y[0][0] = moments.filler[0], y[1][0] = moments.filler[1];
-                else if (channel < p.c)
-                    *reinterpret_cast<uint2*>(y_row + uint64_t{2} * out_0) = make_uint2(y[0][0], y[1][0]);
-                if (out_1 == kNowhere)
-                    y[0][1] = moments.filler[0], y[1][1] = moments.filler[1];
-                else if (channel < p.c)
-                    *reinterpret_cast<uint2*>(y_row + uint64_t{2} * out_1) = make_uint2(y[0][1], y[1][1]);
-                moments.add(y);
-            } else {
+                    for (int r = 0; r < 2; ++r) {
+                        // Where a pixel is not there, the origin in its place adds nothing to the squares.
+                        const bool there = to[r] != kNowhere;
 #pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    const uint32_t to = r ? out_1 : out_0;
-                    if (to == kNowhere) continue;
-                    const float y[4] = {sums[0][2 * r], sums[0][2 * r + 1], sums[1][2 * r], sums[1][2 * r + 1]};
-                    if (channel < p.c)
-                        *reinterpret_cast<float4*>(y_row + uint64_t{4} * to) = make_float4(y[0], y[1], y[2], y[3]);
+                        for (int h = 0; h < 2; ++h)
+                            y[h][r] = there ? T::pack(sums[h][2 * r], sums[h][2 * r + 1]) : moments.filler[h];
+                        store_if(there && writes, y_row + uint64_t{2} * to[r], y[0][r], y[1][r]);
+                    }
                     moments.add(y);
+                } else {
+#pragma unroll
+                    for (int r = 0; r < 2; ++r) {
+                        if (to[r] == kNowhere) continue;
+                        const float y[4] = {sums[0][2 * r], sums[0][2 * r + 1], sums[1][2 * r], sums[1][2 * r + 1]};
+                        if (writes)
+                            *reinterpret_cast<float4*>(y_row + uint64_t{4} * to[r]) = make_float4(y[0], y[1], y[2], y[3]);
+                        moments.add(y);
+                    }
                 }
             }
-        }
-        if (++oh == at.bottom) break;
-        // Into rows that no warp reads any more since the last barrier.
+            if (++oh == at.bottom) break;
+            // Into rows that no warp reads any more since the last barrier.
 #pragma unroll
-        for (int i = 0; i < kStride; ++i) advance();
-        y_row += out_bytes;
-#pragma unroll
-        for (int i = 0; i < 3; ++i) {
-            rows[i] += kStride * F::kRowBytes;
-            if (rows[i] >= ring_end) rows[i] -= F::kRing * F::kRowBytes;
+            for (int i = 0; i < kStride; ++i) advance(3 + phase * kStride + i);
+            y_row += out_bytes;
+            __syncthreads();
         }
-        __syncthreads();
     }
     wait_copies<0>();
     __syncthreads();
