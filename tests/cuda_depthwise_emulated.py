@@ -78,7 +78,20 @@ def emulated(count_sectors: bool = False) -> Iterator[list[Any]]:
         arrays = {"x": x, "bn": bn, "weight": weight.contiguous(), "y": y, "moments": moments}
         launch("depthwise_forward.cu", kernel, params, arrays, x.shape, plan)
 
-    with patch.object(module, "_forward", forward):
+    def backward(
+        dz2: Tensor, y2: Tensor, coef: Tensor, y1: Tensor, bn: Any, weight: Tensor, dz1: Any, sums: Any, dweight: Any,
+        stride: int, plan: Any,
+    ) -> None:  # fmt: skip
+        params = BackwardParams()
+        params.ho, params.wo = y2.shape[2:]
+        kernel = f"mbv2_depthwise_backward_{_kind(y1)}_s{stride}_{'x1' if bn is None else 'bn1'}"
+        arrays = {
+            "dz2": dz2, "y2": y2, "coef": coef, "y1": y1, "bn": bn, "weight": weight.contiguous(), "dz1": dz1,
+            "sums": sums, "dweight": dweight,
+        }  # fmt: skip
+        launch("depthwise_backward.cu", kernel, params, arrays, y1.shape, plan)
+
+    with patch.object(module, "_forward", forward), patch.object(module, "_backward", backward):
         yield log
 
 

@@ -274,36 +274,42 @@ struct Taps {
         }
     }
 
+    // The place of a tap's column, where those of column 0 and (stride 2) column 1 are known.
+    static __device__ __forceinline__ uint32_t column(int kw, uint32_t c0, uint32_t c1) {
+        if (kStride == 1) return c0 + kw * kPitch;
+        return kw == 1 ? c1 : c0 + kw / 2 * kPitch;
+    }
+
+    // 16-bit types: see apply; c0 and c1 are the places of pixel lane % 16. A matrix product takes two taps: the warp's
+    // lower half addresses the first one's pixels, the upper half the second one's.
+    __device__ __forceinline__ void convolve(float (&sums)[2][4], const uint32_t (&rows)[3], uint32_t c0, uint32_t c1,
+                                             int lane) const {
+        const bool upper = lane >= 16;
+        const uint32_t two_rows = upper ? rows[1] : rows[0];
+        const uint32_t third_row = kStride == 1 ? rows[2] + (upper ? kPitch : 0) + c0 : rows[2] + (upper ? c1 : c0);
+        uint32_t a[4];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+            for (int kw = 0; kw < 3; ++kw) {
+                load_matrices(a, two_rows + column(kw, c0, c1) + 16 * half);
+                T::multiply(sums[half], a[0], a[1], a[2], a[3], pair[half][kw][0], pair[half][kw][1]);
+            }
+            load_matrices(a, third_row + 16 * half);
+            T::multiply(sums[half], a[0], a[1], a[2], a[3], pair[half][3][0], pair[half][3][1]);
+        }
+        load_matrices(a, rows[2] + (lane & 16) + column(2, c0, c1));
+        T::multiply(sums[0], a[0], a[1], last[0]);
+        T::multiply(sums[1], a[2], a[3], last[1]);
+    }
+
     // sums[h][2 r + e] += channel 4 j + 2 h + e of pixel g + 8 r, where lane = 4 g + j. `rows` are the three rows in shared
     // memory, from the warp's channels on; `first` and `second` the addresses of the tile's places of columns.
     __device__ __forceinline__ void apply(float (&sums)[2][4], const uint32_t (&rows)[3], uint32_t first, uint32_t second,
                                           int lane) const {
-        const auto column = [](int kw, uint32_t c0, uint32_t c1) {
-            if (kStride == 1) return c0 + kw * kPitch;
-            return kw == 1 ? c1 : c0 + kw / 2 * kPitch;
-        };
         if constexpr (T::kPacked) {
-            // A matrix product takes two taps: the warp's lower half addresses the first one's pixels, the upper half
-            // the second one's.
-            const bool upper = lane >= 16;
             const uint32_t c0 = load_shared4(first + 4 * (lane & 15));
-            const uint32_t c1 = kStride == 1 ? c0 + kPitch : load_shared4(second + 4 * (lane & 15));
-            const uint32_t two_rows = upper ? rows[1] : rows[0];
-            const uint32_t third_row = kStride == 1 ? rows[2] + (upper ? kPitch : 0) + c0 : rows[2] + (upper ? c1 : c0);
-            uint32_t a[4];
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-#pragma unroll
-                for (int kw = 0; kw < 3; ++kw) {
-                    load_matrices(a, two_rows + column(kw, c0, c1) + 16 * half);
-                    T::multiply(sums[half], a[0], a[1], a[2], a[3], pair[half][kw][0], pair[half][kw][1]);
-                }
-                load_matrices(a, third_row + 16 * half);
-                T::multiply(sums[half], a[0], a[1], a[2], a[3], pair[half][3][0], pair[half][3][1]);
-            }
-            load_matrices(a, rows[2] + (lane & 16) + column(2, c0, c1));
-            T::multiply(sums[0], a[0], a[1], last[0]);
-            T::multiply(sums[1], a[2], a[3], last[1]);
+            convolve(sums, rows, c0, kStride == 1 ? 0 : load_shared4(second + 4 * (lane & 15)), lane);
         } else {
             const int j = lane & 3, g = lane >> 2;
 #pragma unroll
@@ -361,3 +367,17 @@ __device__ __forceinline__ void merge_moments(float& count, float& mean, float& 
 
 }  // namespace cuda
 }  // namespace mbv2
+
+// Older architectures lack cp.async, bfloat16 products and clamps that keep NaN; nothing is launched there.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define MBV2_BODY(...) __VA_ARGS__
+#else
+#define MBV2_BODY(...)
+#endif
+
+// Tests and the static report, which see no host code, find here what the launcher asks for.
+#ifdef MBV2_STATIC_REPORT
+#define MBV2_SHARED(NAME, BYTES) extern "C" __device__ int NAME##_shared_bytes = BYTES;
+#else
+#define MBV2_SHARED(NAME, BYTES)
+#endif

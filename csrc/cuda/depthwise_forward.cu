@@ -320,19 +320,6 @@ __device__ __forceinline__ void depthwise(const DepthwiseParams& p) {
 
 }  // namespace
 
-// Older architectures lack cp.async, bfloat16 products and clamps that keep NaN; nothing is launched there.
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-#define MBV2_BODY(...) __VA_ARGS__
-#else
-#define MBV2_BODY(...)
-#endif
-
-#ifdef MBV2_STATIC_REPORT
-#define MBV2_SHARED(NAME, BYTES) extern "C" __device__ int NAME##_shared_bytes = BYTES;
-#else
-#define MBV2_SHARED(NAME, BYTES)
-#endif
-
 #define MBV2_KERNEL(NAME, T, STRIDE, NORMALISE, SLABS)                                                                \
     extern "C" __global__ void __launch_bounds__(128 * SLABS, T::kPacked ? 4 : 3)                                     \
         NAME(const __grid_constant__ DepthwiseParams p) {                                                             \

@@ -46,20 +46,22 @@ class Cut(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def cut(n: int, c: int, h: int, w: int, stride: int, pixels: int) -> Cut:
-    """The cut of images of h x w (input of the convolution) for blocks that hold `pixels` of a row of inputs.
+def cut(n: int, c: int, h: int, w: int, stride: int, itemsize: int, backward: bool = False) -> Cut:
+    """The cut of images of h x w (the convolution's input).
 
     The width of a group and their number are those for which the fewest values are fetched and computed in vain.
     """
     rows, width = (h - 1) // stride + 1, (w - 1) // stride + 1
-    outputs = pixels // stride
+    pixels = BACKWARD_PIXELS if backward else FORWARD_PIXELS[itemsize]
+    # The backward pass goes over positions of the output's gradient, of which at stride 2 it needs the next one too.
+    step, around = (1, 3 - stride) if backward else (stride, 3 - stride)
+    outputs = pixels // step
     best = None
-    # Most chunks an image row can be cut into and still be worth it.
     for columns in range(1, min(width, outputs) + 1):
         chunks = -(-width // columns)
         if -(-width // chunks) != columns:
             continue
-        halo = (columns - 1) * stride + 3
+        halo = columns * step + around
         most = max(1, min(pixels // halo, outputs // columns, n * chunks)) if n * h * w * c < _MOST else 1
         if halo > pixels:
             continue
@@ -67,7 +69,7 @@ def cut(n: int, c: int, h: int, w: int, stride: int, pixels: int) -> Cut:
             tiles = -(-groups * columns // 16)
             # Tiles are dealt to four warps, which wait for each other at every row.
             computed = 16 * (tiles + 4 * -(-tiles // 4)) / 2
-            price = (groups * halo * stride + computed) * chunks * columns / (groups * columns * width)
+            price = (groups * halo * step + computed) * chunks * columns / (groups * columns * width)
             key = (price, -groups * columns)
             if best is None or key < best[0]:
                 best = key, columns, groups, chunks
@@ -79,10 +81,11 @@ def cut(n: int, c: int, h: int, w: int, stride: int, pixels: int) -> Cut:
     return Cut(columns, groups, chunks, strip, -(-rows // strip))
 
 
-def refusal(x: Tensor) -> str | None:
-    """Why these kernels cannot take an input [N, C, H, W], or None."""
-    if x.dtype not in _TYPES:
-        return f"{x.dtype} has no kernels, only float32, float16 and bfloat16 have"
+def refusal(x: Tensor, backward: bool = False) -> str | None:
+    """Why the forward (backward) kernels cannot take an input [N, C, H, W], or None."""
+    types = _TYPES[:2] if backward else _TYPES
+    if x.dtype not in types:
+        return f"{x.dtype} has no kernel, only {', '.join(str(t).removeprefix('torch.') for t in types)} have"
     if x.shape[1] % 8:
         return f"{x.shape[1]} channels are no multiple of 8"
     if x.shape[1] * x.shape[3] >= _MOST:
@@ -100,20 +103,69 @@ def depthwise(y1: Tensor, bn1: Tensor | None, weight: Tensor, stride: int) -> tu
     x = y1 if bn1 is not None else layout.channels_last(y1)
     n, c, h, w = x.shape
     ho, wo = (h - 1) // stride + 1, (w - 1) // stride + 1
-    plan = cut(n, c, h, w, stride, FORWARD_PIXELS[x.dtype.itemsize])
+    plan = cut(n, c, h, w, stride, x.dtype.itemsize)
     y2 = layout.new_channels_last(x, (n, c, ho, wo))
     moments = x.new_empty((plan.parts(n), 3, c), dtype=torch.float32)
     _forward(x, bn1, weight, y2, moments, stride, plan)
     return y2, moments
 
 
-def _check(x: Tensor) -> None:
-    reason = refusal(x)
+def depthwise_backward(
+    dz2: Tensor,
+    y2: Tensor,
+    coef2: Tensor,
+    y1: Tensor,
+    bn1: Tensor | None,
+    weight: Tensor,
+    stride: int,
+    need_input: bool,
+    need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """See `mbv2.kernels.aten.depthwise_backward`; float16 and bfloat16 only.
+
+    Raises:
+        ValueError: `refusal` has a reason.
+    """
+    _check(y1, backward=True)
+    if not (need_input or need_weight):
+        return None, None, None
+    from mbv2.kernels.triton.reduce import sum_parts
+
+    if bn1 is None:
+        y1 = layout.channels_last(y1)
+    n, c, h, w = y1.shape
+    plan = cut(n, c, h, w, stride, y1.dtype.itemsize, backward=True)
+    parts = plan.parts(n)
+    dz1 = layout.new_channels_last(y1, (n, c, h, w)) if need_input else None
+    sums = y1.new_empty((parts, 2, c), dtype=torch.float32) if need_input and bn1 is not None else None
+    dweight = y1.new_empty((parts, c, 9), dtype=torch.float32) if need_weight else None
+    _backward(dz2, y2, coef2, y1, bn1, weight, dz1, sums, dweight, stride, plan)
+    return dz1, sums, None if dweight is None else sum_parts(dweight, weight)
+
+
+def _check(x: Tensor, backward: bool = False) -> None:
+    reason = refusal(x, backward)
     if reason is not None:
         raise ValueError(f"the CUDA depthwise kernels cannot take this input: {reason}")
 
 
-def _forward(
-    x: Tensor, bn: Tensor | None, weight: Tensor, y: Tensor, moments: Tensor, stride: int, plan: Cut
-) -> None:
+def _forward(x: Tensor, bn: Tensor | None, weight: Tensor, y: Tensor, moments: Tensor, stride: int, plan: Cut) -> None:
     torch.ops.mbv2.cuda_depthwise(x, bn, weight.contiguous(), y, moments, stride, plan)
+
+
+def _backward(
+    dz2: Tensor,
+    y2: Tensor,
+    coef: Tensor,
+    y1: Tensor,
+    bn: Tensor | None,
+    weight: Tensor,
+    dz1: Tensor | None,
+    sums: Tensor | None,
+    dweight: Tensor | None,
+    stride: int,
+    plan: Cut,
+) -> None:
+    torch.ops.mbv2.cuda_depthwise_backward(
+        dz2, y2, coef, y1, bn, weight.contiguous(), dz1, sums, dweight, stride, plan
+    )
