@@ -80,7 +80,7 @@ def _extensions() -> list[Extension]:
     return [
         CppExtension(
             "mbv2._C",
-            sorted(map(str, Path("csrc").glob("**/*.cpp"))),
+            sorted(str(path) for path in Path("csrc").glob("**/*.cpp") if not path.name.startswith("ops_cuda")),
             define_macros=[("_GLIBCXX_USE_CXX11_ABI", str(abi))],
             depends=sorted(map(str, Path("csrc").glob("**/*.h"))),
             optional=True,
