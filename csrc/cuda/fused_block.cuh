@@ -8,7 +8,7 @@
 //   project    sums += a2 W3^T in registers
 //
 // expand of the next chunk and project of this one share a barrier, so there are two barriers a chunk. Weights arrive
-// by cp.async one chunk ahead. All three products are tensor-core instructions, the depthwise one too: a tap is a
+// by cp.async one chunk ahead, or during the depthwise phase where shared memory holds them once only. All three products are tensor-core instructions, the depthwise one too: a tap is a
 // diagonal 8x8 matrix, and two taps of 8 channels make the 16 terms of one m16n8k16. That wastes seven eighths of the
 // multiplications and needs a quarter of the instructions of multiply-adds in registers, and it is the rate of
 // instructions that bounds the kernel. Columns are walked down `walk` outputs at a time, so that a row of a1 is loaded
@@ -91,6 +91,8 @@ struct Tile {
     }
 };
 
+static_assert(sizeof(Tile) <= kTileBytes && sizeof(Unit) == kUnitBytes && sizeof(Place) == kPlaceBytes);
+
 template <class Tr>
 class Block {
     using Tensor = typename Tr::Tensor;
@@ -100,7 +102,6 @@ class Block {
   public:
     __device__ __forceinline__ Block(const FusedParams& params, unsigned char* memory)
         : p(params),
-          tile(params, Tr::kWalk),
           smem(memory),
           at(shared_address(memory)),
           thread(threadIdx.x),
@@ -109,54 +110,33 @@ class Block {
           expands(params.w1 != nullptr) {}
 
     __device__ __forceinline__ void run() {
+        const Tile mine(p, Tr::kWalk);
         const int chunks = (p.hidden + Tr::kChunk - 1) / Tr::kChunk;
-        const int first = tile.split * p.chunks;
+        const int first = mine.split * p.chunks;
         const int count = min(p.chunks, chunks - first);
         const int channel = first * Tr::kChunk;
 
-        if (expands) copy_expand_weights(channel, 1);
-        copy_depthwise_weights(channel, 1);
-        commit_copies();
-        fill_tables();
-        clear_a1();
+        if (thread == 0) shared_tile() = mine;
+        fill_tables(mine);
+        clear_a1(mine);
         __syncthreads();
-        if (expands) {
-            copy_x();
-        } else {
-            copy_a1(channel);
-        }
-        commit_copies();
-        copy_chunk(channel, 0, count > 1);
-        commit_copies();
-        wait_for_copies<1>();
-        __syncthreads();
-        if (expands) expand(channel, 1);
-        __syncthreads();
+        if (expands) copy_x();
 
         float sums[kShape.tiles_m][kShape.tiles_n][4] = {};
+        // The pass before the first chunk only loads and expands.
 #pragma unroll 1
-        for (int c = 0; c < count; ++c) {
-            const int here = channel + c * Tr::kChunk, buffer = c & 1;
-            if (p.stride == 1) {
-                depthwise<1>(here, buffer ^ 1);
-            } else {
-                depthwise<2>(here, buffer ^ 1);
-            }
-            wait_for_copies<0>();
+        for (int c = -1; c < count; ++c) {
+            const int here = channel + c * Tr::kChunk, next = here + Tr::kChunk, buffer = c & 1;
+            if (c < 0 || !p.ahead) copy_weights(here, buffer, c >= 0, c + 1 < count);
+            if (c >= 0 && p.stride == 1) depthwise<1>(here, buffer ^ 1);
+            if (c >= 0 && p.stride == 2) depthwise<2>(here, buffer ^ 1);
+            wait_for_copies();
             __syncthreads();
-            if (c + 1 < count) {
-                if (!expands) copy_a1(here + Tr::kChunk);
-                copy_chunk(here + Tr::kChunk, buffer ^ 1, c + 2 < count);
-                commit_copies();
-            }
-            project(here, buffer, sums);
-            if (c + 1 < count) {
-                if (expands) {
-                    expand(here + Tr::kChunk, buffer);
-                } else {
-                    wait_for_copies<0>();
-                }
-            }
+            if (!expands && c + 1 < count) copy_a1(next);
+            if (p.ahead && c + 1 < count) copy_weights(next, buffer ^ 1, true, c + 2 < count);
+            if (c >= 0) project(here, buffer, sums);
+            if (expands && c + 1 < count) expand(next, buffer);
+            if (!expands) wait_for_copies();
             __syncthreads();
         }
         if (p.splits > 1) {
@@ -169,14 +149,20 @@ class Block {
   private:
     // --- set-up ------------------------------------------------------------------------------------------------
 
-    __device__ __forceinline__ Unit* units() const { return reinterpret_cast<Unit*>(smem + p.at_tables); }
+    // Read from shared memory where it is needed, the tile takes no registers of the main loop.
+    __device__ __forceinline__ Tile& shared_tile() const { return *reinterpret_cast<Tile*>(smem + p.at_tables); }
+    __device__ __forceinline__ int positions() const { return shared_tile().positions; }
+    __device__ __forceinline__ Unit* units() const {
+        return reinterpret_cast<Unit*>(smem + p.at_tables + kTileBytes);
+    }
     __device__ __forceinline__ Place* places() const {
         return reinterpret_cast<Place*>(units() + Tr::kUnits);
     }
     __device__ __forceinline__ int walks() const { return (p.tile_height + Tr::kWalk - 1) / Tr::kWalk; }
     __device__ __forceinline__ int groups() const { return (p.tile_images * walks() * p.tile_width + 15) / 16; }
 
-    __device__ __forceinline__ void fill_tables() {
+    __device__ __forceinline__ void fill_tables(const Tile& tile) {
+#pragma unroll 1
         for (int u = thread; u < groups() * 16; u += Tr::kThreads) {
             const int column = u % p.tile_width, walk = u / p.tile_width % walks();
             const int image = u / p.tile_width / walks();
@@ -193,7 +179,8 @@ class Block {
             }
             units()[u] = unit;
         }
-        for (int i = thread; i < padded_positions(); i += Tr::kThreads) {
+#pragma unroll 1
+        for (int i = thread; i < padded(tile.positions); i += Tr::kThreads) {
             Place place = {0, -1};
             if (i < tile.positions) {
                 const int column = i % tile.in_columns, row = i / tile.in_columns % tile.in_rows;
@@ -207,12 +194,13 @@ class Block {
         }
     }
 
-    __device__ __forceinline__ int padded_positions() const { return (tile.positions + 31) / 32 * 32; }
+    static __device__ __forceinline__ int padded(int positions) { return (positions + 31) / 32 * 32; }
 
     // What expand does not write is the zero border of the image.
-    __device__ __forceinline__ void clear_a1() {
+    __device__ __forceinline__ void clear_a1(const Tile& tile) {
         const int vectors = p.tile_images * tile.a1_rows * tile.a1_columns * (Tr::kPitch / 16);
         uint4* a1 = reinterpret_cast<uint4*>(smem + p.at_a1);
+#pragma unroll 1
         for (int i = thread; i < vectors; i += Tr::kThreads) a1[i] = make_uint4(0, 0, 0, 0);
     }
 
@@ -220,15 +208,16 @@ class Block {
 
     __device__ __forceinline__ const Scalar* images_of(const void* x) const {
         return static_cast<const Scalar*>(x) +
-               static_cast<int64_t>(tile.first_image) * p.height * p.width * p.inputs;
+               static_cast<int64_t>(shared_tile().first_image) * p.height * p.width * p.inputs;
     }
 
     __device__ __forceinline__ void copy_x() {
         const Scalar* x = images_of(p.x);
         const int vectors = p.x_vectors.value;
-        for (int i = thread; i < padded_positions() * vectors; i += Tr::kThreads) {
+#pragma unroll 1
+        for (int i = thread; i < padded(positions()) * vectors; i += Tr::kThreads) {
             const int position = quotient(i, p.x_vectors), channel = (i - position * vectors) * Tr::kVector;
-            const bool wanted = position < tile.positions && channel < p.inputs;
+            const bool wanted = position < shared_tile().positions && channel < p.inputs;
             const int64_t from = static_cast<int64_t>(places()[position].source) * p.inputs + channel;
             copy_async(at + position * p.x_pitch + channel * Tr::kBytes, x + (wanted ? from : 0), wanted);
         }
@@ -238,7 +227,8 @@ class Block {
     __device__ __forceinline__ void copy_a1(int first_channel) {
         constexpr int kVectors = kShape.chunk_bytes / 16;
         const Scalar* x = images_of(p.x);
-        for (int i = thread; i < tile.positions * kVectors; i += Tr::kThreads) {
+#pragma unroll 1
+        for (int i = thread; i < shared_tile().positions * kVectors; i += Tr::kThreads) {
             const int position = i / kVectors, channel = i % kVectors * Tr::kVector;
             const bool wanted = first_channel + channel < p.hidden;
             const int64_t from = static_cast<int64_t>(places()[position].source) * p.inputs + first_channel + channel;
@@ -247,23 +237,26 @@ class Block {
     }
 
     // Weights of `project` for a chunk, and of `expand` and `depthwise` for the one after it.
-    __device__ __forceinline__ void copy_chunk(int first_channel, int buffer, bool another) {
-        copy_project_weights(first_channel, buffer);
-        if (!another) return;
-        if (expands) copy_expand_weights(first_channel + Tr::kChunk, buffer);
-        copy_depthwise_weights(first_channel + Tr::kChunk, buffer);
+    __device__ __forceinline__ void copy_weights(int first_channel, int buffer, bool this_chunk, bool next_chunk) {
+        if (this_chunk) copy_project_weights(first_channel, buffer);
+        if (next_chunk && expands) copy_expand_weights(first_channel + Tr::kChunk, buffer);
+        if (next_chunk) copy_depthwise_weights(first_channel + Tr::kChunk, buffer);
     }
 
-    // A buffer holds W3, the taps, both biases, and W1.
-    __device__ __forceinline__ int w3_of(int buffer) const { return p.at_weights + buffer * p.weights_bytes; }
-    __device__ __forceinline__ int taps_of(int buffer) const { return w3_of(buffer) + p.w3_bytes; }
-    __device__ __forceinline__ int biases_of(int buffer) const { return taps_of(buffer) + 9 * kShape.chunk_bytes; }
-    __device__ __forceinline__ int w1_of(int buffer) const { return biases_of(buffer) + 8 * Tr::kChunk; }
+    // Two buffers of taps and both biases, then one or two of W3 and W1.
+    static constexpr int kTapsBytes = 9 * kShape.chunk_bytes, kTapsBuffer = kTapsBytes + 8 * Tr::kChunk;
+    __device__ __forceinline__ int taps_of(int buffer) const { return p.at_weights + buffer * kTapsBuffer; }
+    __device__ __forceinline__ int biases_of(int buffer) const { return taps_of(buffer) + kTapsBytes; }
+    __device__ __forceinline__ int w3_of(int buffer) const {
+        return p.at_weights + 2 * kTapsBuffer + buffer * p.weights_step;
+    }
+    __device__ __forceinline__ int w1_of(int buffer) const { return w3_of(buffer) + p.w3_bytes; }
 
     __device__ __forceinline__ void copy_expand_weights(int first_channel, int buffer) {
         const Scalar* w1 = static_cast<const Scalar*>(p.w1) + static_cast<int64_t>(first_channel) * p.inputs;
         const int vectors = p.x_vectors.value;
         const uint32_t to = at + w1_of(buffer);
+#pragma unroll 1
         for (int i = thread; i < Tr::kChunk * vectors; i += Tr::kThreads) {
             const int row = quotient(i, p.x_vectors), channel = (i - row * vectors) * Tr::kVector;
             const bool wanted = first_channel + row < p.hidden && channel < p.inputs;
@@ -275,10 +268,12 @@ class Block {
         constexpr int kTaps = 9 * kShape.chunk_bytes / 16, kBiases = Tr::kChunk / 4;
         const Scalar* wd = static_cast<const Scalar*>(p.wd) + static_cast<int64_t>(first_channel) * 9;
         const int left = p.hidden - first_channel;
+#pragma unroll 1
         for (int i = thread; i < kTaps; i += Tr::kThreads) {
             const bool wanted = i * Tr::kVector < left * 9;
             copy_async(at + taps_of(buffer) + i * 16, wanted ? wd + i * Tr::kVector : wd, wanted);
         }
+#pragma unroll 1
         for (int i = thread; i < 2 * kBiases; i += Tr::kThreads) {
             const float* bias = (i < kBiases ? p.b1 : p.bd);
             const int channel = i % kBiases * 4;
@@ -291,6 +286,7 @@ class Block {
         constexpr int kVectors = kShape.chunk_bytes / 16;
         const Scalar* w3 = static_cast<const Scalar*>(p.w3) + first_channel;
         const int rows = (p.outputs + 15) / 16 * 16;
+#pragma unroll 1
         for (int i = thread; i < rows * kVectors; i += Tr::kThreads) {
             const int row = i / kVectors, channel = i % kVectors * Tr::kVector;
             const bool wanted = row < p.outputs && first_channel + channel < p.hidden;
@@ -305,7 +301,7 @@ class Block {
     __device__ __forceinline__ void expand(int first_channel, int buffer) {
         const uint32_t row = (lane & 15) * p.x_pitch + (lane >> 4) * 16;
         const uint32_t column = ((lane & 7) + (lane >> 4) * 8) * p.x_pitch + (lane >> 3 & 1) * 16;
-        const int items = padded_positions() / 32 * Tr::kExpandItems;
+        const int items = padded(positions()) / 32 * Tr::kExpandItems;
 #pragma unroll 1
         for (int item = warp; item < items; item += Tr::kWarps) {
             const int m = item / Tr::kExpandItems * 32, n = item % Tr::kExpandItems * 8 * Tr::kExpandTiles;
@@ -385,38 +381,44 @@ class Block {
             bias[q][1] = bias[q][3] = both.y;
         }
         uint32_t from = at + p.at_a1 + units()[group * 16 + lane % 16].a1 + step * 32 + lane / 16 * 16;
-        const uint32_t down = tile.a1_columns * Tr::kPitch;
-        uint32_t rows[3][3][4];
-#pragma unroll
-        for (int r = 0; r < 3 - kStride; ++r, from += down) load_row(rows[kStride + r], from);
+        const uint32_t down = shared_tile().a1_columns * Tr::kPitch;
         unsigned char* to = smem + p.at_a2 + (group * Tr::kWalk * 16 + lane / 4) * Tr::kPitch + step * 32 + lane % 4 * 4;
+        uint32_t upper[3][4], middle[3][4], lower[3][4];
+        load_row(upper, from), from += down;
+        if (kStride == 1) load_row(middle, from), from += down;
 #pragma unroll
-        for (int out = 0; out < Tr::kWalk; ++out) {
-#pragma unroll
-            for (int r = 0; r < 3 - kStride; ++r) {
-#pragma unroll
-                for (int i = 0; i < 12; ++i) rows[r][i / 4][i % 4] = rows[kStride + r][i / 4][i % 4];
-            }
-#pragma unroll
-            for (int r = 3 - kStride; r < 3; ++r, from += down) load_row(rows[r], from);
+        for (int out = 0; out < Tr::kWalk; ++out, to += 16 * Tr::kPitch) {
+            if (kStride == 2) load_row(middle, from), from += down;
+            float d[2][4];
+            // The upper row is done with before the lower one is loaded, which saves its registers.
 #pragma unroll
             for (int q = 0; q < 2; ++q) {
                 const int low = 2 * q, high = 2 * q + 1;
-                float d[4];
-                Tensor::multiply(d, rows[0][0][low], rows[0][0][high], rows[0][1][low], rows[0][1][high], taps[q][0],
+                Tensor::multiply(d[q], upper[0][low], upper[0][high], upper[1][low], upper[1][high], taps[q][0],
                                  taps[q][1], bias[q]);
-                Tensor::multiply(d, rows[1][0][low], rows[1][0][high], rows[1][1][low], rows[1][1][high], taps[q][3],
-                                 taps[q][4], d);
-                Tensor::multiply(d, rows[2][0][low], rows[2][0][high], rows[2][1][low], rows[2][1][high], taps[q][6],
-                                 taps[q][7], d);
-                Tensor::multiply(d, rows[0][2][low], rows[0][2][high], rows[1][2][low], rows[1][2][high], taps[q][2],
-                                 taps[q][5], d);
-                Tensor::multiply_half(d, rows[2][2][low], rows[2][2][high], taps[q][8]);
-                store_relu6<Tensor>(to + q * 16, d[0], d[1]);
-                store_relu6<Tensor>(to + q * 16 + 8 * Tr::kPitch, d[2], d[3]);
+                Tensor::multiply(d[q], upper[2][low], upper[2][high], middle[2][low], middle[2][high], taps[q][2],
+                                 taps[q][5], d[q]);
             }
-            to += 16 * Tr::kPitch;
+            load_row(lower, from), from += down;
+#pragma unroll
+            for (int q = 0; q < 2; ++q) {
+                const int low = 2 * q, high = 2 * q + 1;
+                Tensor::multiply(d[q], middle[0][low], middle[0][high], middle[1][low], middle[1][high], taps[q][3],
+                                 taps[q][4], d[q]);
+                Tensor::multiply(d[q], lower[0][low], lower[0][high], lower[1][low], lower[1][high], taps[q][6],
+                                 taps[q][7], d[q]);
+                Tensor::multiply_half(d[q], lower[2][low], lower[2][high], taps[q][8]);
+                store_relu6<Tensor>(to + q * 16, d[q][0], d[q][1]);
+                store_relu6<Tensor>(to + q * 16 + 8 * Tr::kPitch, d[q][2], d[q][3]);
+            }
+            if (kStride == 1) copy_row(upper, middle), copy_row(middle, lower);
+            if (kStride == 2) copy_row(upper, lower);
         }
+    }
+
+    static __device__ __forceinline__ void copy_row(uint32_t (&to)[3][4], const uint32_t (&from)[3][4]) {
+#pragma unroll
+        for (int i = 0; i < 12; ++i) to[i / 4][i % 4] = from[i / 4][i % 4];
     }
 
     static __device__ __forceinline__ void load_row(uint32_t (&row)[3][4], uint32_t from) {
@@ -432,7 +434,7 @@ class Block {
         float taps[2][9];
 #pragma unroll
         for (int tap = 0; tap < 9; ++tap) taps[0][tap] = weights[tap], taps[1][tap] = weights[9 + tap];
-        const int down = tile.a1_columns * Tr::kPitch;
+        const int down = shared_tile().a1_columns * Tr::kPitch;
         // One unit after the other: both at once would not leave registers for the sums.
 #pragma unroll 1
         for (int half = 0; half < 2; ++half) {
@@ -501,7 +503,7 @@ class Block {
     // --- results -----------------------------------------------------------------------------------------------
 
     __device__ __forceinline__ int64_t first_output() const {
-        return (static_cast<int64_t>(tile.first_image) * p.out_height + tile.top) * p.out_width + tile.left;
+        return (static_cast<int64_t>(shared_tile().first_image) * p.out_height + shared_tile().top) * p.out_width + shared_tile().left;
     }
     __device__ __forceinline__ Unit unit_of_row(int row) const {
         return units()[row / (16 * Tr::kWalk) * 16 + row % 16];
@@ -509,7 +511,7 @@ class Block {
 
     // Sums of this split's hidden channels; `add_partials` adds them up.
     __device__ __forceinline__ void store_partial(const float (&sums)[kShape.tiles_m][kShape.tiles_n][4]) {
-        float* out = p.partial + (static_cast<int64_t>(tile.split) * p.out_positions + first_output()) * p.outputs;
+        float* out = p.partial + (static_cast<int64_t>(shared_tile().split) * p.out_positions + first_output()) * p.outputs;
         each_row([&](int i, int half, int row, const Unit& unit, int walked) {
             float* to = out + static_cast<int64_t>(unit.out + walked * p.out_width) * p.outputs;
             each_pair([&](int j, int channel) {
@@ -538,6 +540,7 @@ class Block {
         __syncthreads();
         Scalar* out = static_cast<Scalar*>(p.out) + first_output() * p.outputs;
         const int vectors = p.out_vectors.value;
+#pragma unroll 1
         for (int i = thread; i < groups() * Tr::kWalk * 16 * vectors; i += Tr::kThreads) {
             const int row = quotient(i, p.out_vectors), vector = i - row * vectors;
             const Unit unit = unit_of_row(row);
@@ -550,7 +553,7 @@ class Block {
 
     __device__ __forceinline__ float2 residual(const Unit& unit, int walked, int channel) const {
         if (expands) {
-            const int position = unit.x + walked * tile.in_columns;
+            const int position = unit.x + walked * shared_tile().in_columns;
             return load_pair<Tensor>(smem + position * p.x_pitch + channel * Tr::kBytes);
         }
         const int64_t position = first_output() + unit.out + walked * p.out_width;
@@ -583,7 +586,6 @@ class Block {
     }
 
     const FusedParams& p;
-    const Tile tile;
     unsigned char* const smem;
     const uint32_t at;
     const int thread, warp, lane;

@@ -19,7 +19,7 @@ constexpr int element_bytes(Element element) { return element == Element::kFloat
     X(3, 64, 2, 4, 2, 2, 6, 2)  \
     X(4, 128, 2, 4, 2, 1, 10, 2) \
     X(5, 128, 2, 2, 4, 2, 10, 1) \
-    X(6, 128, 2, 2, 4, 2, 14, 1)
+    X(6, 64, 2, 2, 4, 2, 14, 1)
 
 struct TileShape {
     int chunk_bytes;
@@ -39,6 +39,9 @@ struct TileShape {
 inline constexpr TileShape kTileShapes[] = {MBV2_FUSED_TILES(MBV2_TILE_SHAPE)};
 #undef MBV2_TILE_SHAPE
 inline constexpr int kTiles = sizeof(kTileShapes) / sizeof(kTileShapes[0]);
+
+// Tables in shared memory: the thread block's tile, its columns of outputs, its input positions.
+inline constexpr int kTileBytes = 64, kUnitBytes = 16, kPlaceBytes = 8;
 
 // Division of numbers below 2^16 by a number known at launch.
 struct Divisor {
@@ -66,7 +69,8 @@ struct FusedParams {
     int32_t tile_images, tile_height, tile_width, tiles_down, tiles_across, splits, chunks;
 
     // Shared memory: offsets and pitches in bytes.
-    int32_t at_a1, at_a2, at_weights, at_tables, x_pitch, weights_bytes, w3_bytes;
+    int32_t at_a1, at_a2, at_weights, at_tables, x_pitch, weights_step, w3_bytes;
+    int32_t ahead;  // weights have two buffers, weights_step apart, and arrive a chunk ahead; otherwise the step is 0
 
     Divisor x_vectors;    // 16-byte vectors of a row of x in shared memory
     Divisor out_vectors;  // of an output position

@@ -30,6 +30,7 @@ constexpr double kIssueShare = 0.6;    // of four instructions a clock
 constexpr double kSharedBytes = 128;   // a clock
 constexpr double kL2Bytes = 40;        // a clock and SM
 constexpr double kLoneWarp = 4;        // clocks an instruction takes a warp that is alone in its quarter of an SM
+constexpr double kLatency = 700;       // clocks of a load from L2
 constexpr double kBarrier = 40;        // clocks
 constexpr double kStart = 1200;        // clocks until a thread block's first products
 constexpr double kSecondLaunch = 2.0;  // microseconds of the kernel that adds partial sums
@@ -88,19 +89,24 @@ class Planner {
                 const bool whole = width == out_width() && height == out_height();
                 const int64_t images = whole ? std::min<int64_t>({room, shape_.images, 8}) : 1;
                 for (int64_t n : sizes(images, images, wish_.tile_images)) {
-                    if (n <= room) try_splits(index, n, height, width);
+                    if (n <= room) try_layouts(index, n, height, width);
                 }
             }
         }
     }
 
-    void try_splits(int index, int64_t tile_images, int64_t tile_height, int64_t tile_width) {
+    void try_layouts(int index, int64_t tile_images, int64_t tile_height, int64_t tile_width) {
         Plan plan = {};
         plan.tile = index;
         plan.threads = kTileShapes[index].threads();
-        if (!lay_out(plan, tile_images, tile_height, tile_width)) return;
+        for (bool ahead : {true, false}) {
+            if (lay_out(plan, tile_images, tile_height, tile_width, ahead)) try_splits(plan);
+        }
+    }
+
+    void try_splits(Plan& plan) {
         FusedParams& p = plan.params;
-        const int64_t chunks = quotient_up(p.hidden, kTileShapes[index].chunk_bytes / bytes_);
+        const int64_t chunks = quotient_up(p.hidden, kTileShapes[plan.tile].chunk_bytes / bytes_);
         const int64_t tiles = quotient_up(p.images, p.tile_images) * p.tiles_down * p.tiles_across;
         for (int64_t each : sizes(chunks, chunks, -1)) {
             p.splits = static_cast<int32_t>(quotient_up(chunks, each));
@@ -116,7 +122,7 @@ class Planner {
         }
     }
 
-    bool lay_out(Plan& plan, int64_t tile_images, int64_t tile_height, int64_t tile_width) const {
+    bool lay_out(Plan& plan, int64_t tile_images, int64_t tile_height, int64_t tile_width, bool ahead) const {
         const TileShape& tile = kTileShapes[plan.tile];
         const int64_t pitch = tile.chunk_bytes + 16, chunk = tile.chunk_bytes / bytes_;
         const int64_t walks = quotient_up(tile_height, tile.walk), stride = shape_.stride;
@@ -142,18 +148,19 @@ class Planner {
         const int64_t padded = round_up(positions, 32);
         const int64_t x_bytes = shape_.expands ? padded * (row + 16) : 0;
         const int64_t w3_bytes = round_up(shape_.outputs, 16) * pitch;
-        const int64_t weights = w3_bytes + 9 * tile.chunk_bytes + 8 * chunk + (shape_.expands ? chunk * (row + 16) : 0);
+        const int64_t weights = w3_bytes + (shape_.expands ? chunk * (row + 16) : 0);
+        const int64_t taps = 9 * tile.chunk_bytes + 8 * chunk;
         const int64_t at_a2 = x_bytes + tile_images * a1_rows * a1_columns * pitch;
         const int64_t at_weights = at_a2 + outputs * pitch;
         const int64_t staged = x_bytes + outputs * (shape_.outputs * bytes_ + 16);
-        const int64_t at_tables = std::max(at_weights + 2 * weights, staged);
-        const int64_t total = at_tables + tile.outputs() / tile.walk * 16 + padded * 8;
+        const int64_t at_tables = std::max(at_weights + 2 * taps + (ahead ? 2 : 1) * weights, staged);
+        const int64_t total = at_tables + kTileBytes + tile.outputs() / tile.walk * kUnitBytes + padded * kPlaceBytes;
         // The kernel divides vector numbers below 2^16 only.
         if (total > gpu_.shared_per_block || padded * (row / 16) >= 1 << 16) return false;
         p.at_a1 = static_cast<int32_t>(x_bytes), p.at_a2 = static_cast<int32_t>(at_a2);
         p.at_weights = static_cast<int32_t>(at_weights), p.at_tables = static_cast<int32_t>(at_tables);
         p.x_pitch = static_cast<int32_t>(row + 16);
-        p.weights_bytes = static_cast<int32_t>(weights), p.w3_bytes = static_cast<int32_t>(w3_bytes);
+        p.ahead = ahead, p.weights_step = static_cast<int32_t>(ahead ? weights : 0), p.w3_bytes = static_cast<int32_t>(w3_bytes);
         plan.shared_bytes = static_cast<int>(total);
         return true;
     }
@@ -208,6 +215,7 @@ class Planner {
             shared += chunks * phase.shared;
             products += chunks * phase.products;
         }
+        if (!p.ahead) longest += std::max(0.0, chunks * (kLatency - kLoneWarp * walk.longest) + weights / kL2Bytes);
         instructions += positions * (p.x_vectors.value * 30.0 + 60) / 32;
         const int resident = std::max(1, std::min(tile.blocks, gpu_.shared_per_processor / (plan.shared_bytes + 1024)));
         const double throughput = std::max({instructions / (4 * kIssueShare), shared / kSharedBytes,
