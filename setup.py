@@ -34,6 +34,7 @@ _ISA_FLAGS = {
     "avx512": ["-mavx512f", "-mavx512dq", "-mavx2", "-mfma", "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
     "avx2": ["-mavx2", "-mfma"],
 }
+_NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # The kernels begin at 8.0 (cp.async, bfloat16); newer architectures than the last run its PTX.
 _ARCHS = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 
@@ -80,7 +81,7 @@ class BuildParallel(build_ext):
         nvcc = _nvcc()
         target = Path(self.build_temp, source).with_suffix(".cu.o")
         target.parent.mkdir(parents=True, exist_ok=True)
-        command = [nvcc, "-c", source, "-o", str(target), "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        command = [nvcc, "-c", source, "-o", str(target), *_NVCC_FLAGS]
         done = subprocess.run([*command, *_arch_flags(nvcc, self._for_development)], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"nvcc on {source}: {(done.stderr or done.stdout).strip()[-2000:]}")

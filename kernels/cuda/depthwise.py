@@ -166,6 +166,4 @@ def _backward(
     stride: int,
     plan: Cut,
 ) -> None:
-    torch.ops.mbv2.cuda_depthwise_backward(
-        dz2, y2, coef, y1, bn, weight.contiguous(), dz1, sums, dweight, stride, plan
-    )
+    torch.ops.mbv2.cuda_depthwise_backward(dz2, y2, coef, y1, bn, weight.contiguous(), dz1, sums, dweight, stride, plan)
