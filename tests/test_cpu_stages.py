@@ -57,13 +57,14 @@ def calls(
     y2, y3 = activations(n, hidden, ho, wo, dtype, 2), activations(n, cout, ho, wo, dtype, 3)
     grad, dz1, dz2 = (activations(*t.shape, dtype, seed) for seed, t in enumerate((y3, y1, y2), 10))
     w1, wd = weights(hidden, cin, 1, 1, dtype=dtype), weights(hidden, 1, 3, 3, dtype=dtype)
-    w3, ws = weights(cout, hidden, 1, 1, dtype=dtype), weights(hidden, cin, 3, 3, dtype=dtype)
+    w3 = weights(cout, hidden, 1, 1, dtype=dtype)
+    picture, ws = activations(n, 3, h, w, dtype), weights(hidden, 3, 3, 3, dtype=dtype)
     around = activations(2, hidden, 5, 5, dtype, 7)
     bn, bn_out = batch_norm_of(around), batch_norm_of(activations(2, cout, 5, 5, dtype, 8))
     coef, coef3 = coefficients(hidden, dtype), coefficients(cout, dtype)
     b, b3 = bias(hidden), bias(cout)
     block: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
-        (stages.stem, (x, ws, stride)),
+        (stages.stem, (picture, ws, stride)),
         (stages.expand, (x, w1)),
         (stages.depthwise, (y1, bn, wd, stride)),
         (stages.depthwise, (y1, None, wd, stride)),
@@ -75,9 +76,9 @@ def calls(
         (stages.bn_sums, (dz1, y1, bn, True)),
         (stages.depthwise_backward, (dz2, y2, coef, y1, bn, wd, stride, True, True)),
         (stages.depthwise_backward, (dz2, y2, coef, y1, None, wd, stride, True, True)),
-        (stages.stem_backward, (dz2, y2, bn, coef, x, ws, stride, False, True)),
+        (stages.stem_backward, (dz2, y2, bn, coef, picture, ws, stride, False, True)),
         (stages.pool_backward, (dz1[:, :, 0, 0].contiguous(), y1, bn)),
-        (stages.stem_folded, (x, ws, b, stride)),
+        (stages.stem_folded, (picture, ws, b, stride)),
         (stages.pointwise_folded, (x, w1, b, True, None)),
         (stages.pointwise_folded, (y2, w3, b3, False, grad)),
         (stages.depthwise_folded, (y1, wd, b, stride)),
@@ -117,11 +118,10 @@ def test_a_stage_agrees_with_plain_torch_on_the_first_use_check(isa: str, name: 
 # (n, cin, hidden, cout, h, w, stride): a block of the network with a shortcut; channels that fill no vector, several
 # tiles of rows; a picture of one pixel; weights beyond what one pass keeps in a cache.
 SHAPES = [
-    (2, 24, 144, 24, 14, 14, 1),
-    (3, 16, 96, 24, 28, 27, 2),
-    (3, 5, 19, 7, 37, 53, 2),
+    (2, 24, 72, 24, 14, 13, 1),
+    (3, 5, 19, 7, 27, 33, 2),
     (3, 8, 8, 8, 1, 1, 1),
-    (2, 72, 520, 72, 7, 9, 1),
+    (2, 72, 520, 72, 5, 4, 1),
 ]
 
 
@@ -131,13 +131,13 @@ def test_stages_are_as_good_as_eager(isa: str, shape: tuple[int, ...], dtype: to
     check(*shape, dtype)
 
 
-@settings(max_examples=20, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@settings(max_examples=12, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(
     n=st.integers(1, 4),
     cin=st.integers(1, 40),
     hidden=st.integers(1, 70),
     cout=st.integers(1, 40),
-    h=st.integers(1, 19),
+    h=st.integers(1, 12),
     w=st.integers(1, 19),
     stride=st.sampled_from([1, 2]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
@@ -165,10 +165,10 @@ def listed(value: Any) -> tuple[Any, ...]:
 def test_one_and_two_threads_and_repeated_calls_give_the_same_bits(
     isa: str, dtype: torch.dtype, threads: Callable[[int], None]
 ) -> None:
-    for shape in ((3, 24, 144, 24, 30, 31, 1), (2, 64, 600, 64, 12, 9, 2)):
+    for shape in ((3, 16, 64, 16, 22, 31, 1), (2, 64, 600, 64, 9, 9, 2)):
         for stage, arguments in calls(*shape, dtype):
             results = []
-            for count in (1, 2, 3, 2, 1):
+            for count in (1, 2, 3, 1):
                 threads(count)
                 results.append(stage(*arguments))
             for other in results[1:]:
