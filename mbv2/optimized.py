@@ -29,9 +29,9 @@ class OptimizedMobileNetV2(nn.Module):
         self.num_classes = model.num_classes
         self.num_real_classes = model.num_real_classes
         self.class_offset = model.class_offset
-        self._blocks = _shapes(model)
+        self._blocks = block_shapes(model)
         self._last_channels = model.last_channel
-        self._folded = _fold(model)
+        self._folded = fold(model)
         self._pack()
         self.eval()
 
@@ -138,7 +138,8 @@ def fastest(
     return fast, f"one compiled network ({fast.isa})"
 
 
-def _shapes(model: MobileNetV2) -> list[cpu_network.BlockShape]:
+def block_shapes(model: MobileNetV2) -> list[cpu_network.BlockShape]:
+    """The blocks of `model` in order, as `cpu_network.pack` takes them."""
     return [
         cpu_network.BlockShape(
             project.weight.shape[1] if expand is None else expand.weight.shape[1],
@@ -153,7 +154,10 @@ def _shapes(model: MobileNetV2) -> list[cpu_network.BlockShape]:
 
 
 @torch.no_grad()
-def _fold(model: MobileNetV2) -> list[Tensor]:
+def fold(model: MobileNetV2) -> list[Tensor]:
+    """Weight and bias of every convolution and of the classifier with BatchNorm folded in, as `cpu_network.pack` takes
+    them.
+    """
     stages = [model.features[0].stage()]
     for block in model.features[1:-1]:
         stages += [stage for stage in block.stages() if stage is not None]
