@@ -39,10 +39,10 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt setup.py
 	@MBV2_BUILD=0 $(PIP) install -c constraints.txt --no-build-isolation -e ".[$(EXTRAS)]"
 	@touch $@
 
-# Without a C++ compiler this says so in one line and everything else works.
+# Without a C++ compiler or nvcc this says so in one line and everything else works.
 $(VENV)/.built: $(VENV)/.installed $(wildcard csrc/*.* csrc/*/*.*)
 	@echo "compiling csrc" >&2
-	@rm -f mbv2/_C.*
+	@rm -f mbv2/_C.* mbv2/_cuda.*
 	@$(PY) -W ignore setup.py -q build_ext --inplace --force
 	@touch $@
 
@@ -59,4 +59,4 @@ lint: $(VENV)/.installed
 	@$(PY) -m ruff format --check
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info mbv2/_C.*
+	rm -rf $(VENV) build dist *.egg-info mbv2/_C.* mbv2/_cuda.*

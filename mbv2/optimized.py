@@ -1,11 +1,13 @@
 """A trained network packed for inference on a CPU: BatchNorm folded, one compiled call from picture to logits."""
 
+import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mbv2.kernels import cpu_network
+from mbv2.errors import UserError
+from mbv2.kernels import BackendError, cpu_network
 from mbv2.model import MobileNetV2
 
 
@@ -17,6 +19,7 @@ class OptimizedMobileNetV2(nn.Module):
 
     Attributes:
         num_classes: all logits, an extra class included.
+        num_real_classes: the logits without the extra class.
         class_offset: index of the first real class.
         isa: the instruction set it is packed for: avx512, avx2 or portable.
     """
@@ -24,6 +27,7 @@ class OptimizedMobileNetV2(nn.Module):
     def __init__(self, model: MobileNetV2) -> None:
         super().__init__()
         self.num_classes = model.num_classes
+        self.num_real_classes = model.num_real_classes
         self.class_offset = model.class_offset
         self._blocks = _shapes(model)
         self._last_channels = model.last_channel
@@ -42,6 +46,14 @@ class OptimizedMobileNetV2(nn.Module):
                 "an optimized network has no gradients: use torch.no_grad(), or the model it was made from"
             )
         return torch.ops.mbv2.cpu_network(x, self._packed, self._plan, self.num_classes, self.isa)
+
+    def real_logits(self, logits: Tensor) -> Tensor:
+        """[N, num_classes] -> [N, num_real_classes], as `MobileNetV2.real_logits`."""
+        return logits[:, self.class_offset : self.class_offset + self.num_real_classes]
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """Labels counted from 0 over the real classes -> indices of the logits, as `MobileNetV2.targets`."""
+        return labels + self.class_offset
 
     def train(self, mode: bool = True) -> "OptimizedMobileNetV2":
         """Stay in evaluation mode.
@@ -93,6 +105,37 @@ def optimize_for_inference(model: MobileNetV2) -> OptimizedMobileNetV2:
                 "call model.float().cpu() first"
             )
     return OptimizedMobileNetV2(model)
+
+
+def fastest(
+    model: MobileNetV2, device: torch.device, autocast: torch.dtype | None = None
+) -> tuple[MobileNetV2 | OptimizedMobileNetV2, str]:
+    """What `mbv2 eval` and `mbv2 infer` run, and its name: on a CPU the packed network, unless the environment or
+    this installation says otherwise.
+
+    Args:
+        model: in evaluation mode or not; it is put into evaluation mode.
+        device: where the pictures will be; the model is moved there.
+        autocast: the type of mixed precision, which the packed network has not.
+
+    Raises:
+        UserError: `MBV2_CPU_ISA` names what this machine cannot run.
+    """
+    model = model.eval().to(device, memory_format=torch.channels_last)
+    asked = os.environ.get("MBV2_BACKEND", "auto")
+    if device.type != "cpu":
+        return model, f"operators on {device.type}"
+    if asked != "auto":
+        return model, f"operators one by one, as MBV2_BACKEND={asked}"
+    if autocast is not None:
+        return model, "operators one by one, for mixed precision"
+    if cpu_network.refusal() is not None:
+        return model, "operators one by one, as this installation has no compiled kernels (mbv2 doctor says why)"
+    try:
+        fast = optimize_for_inference(model)
+    except BackendError as error:
+        raise UserError(str(error)) from error
+    return fast, f"one compiled network ({fast.isa})"
 
 
 def _shapes(model: MobileNetV2) -> list[cpu_network.BlockShape]:

@@ -1,6 +1,7 @@
 """The compiled network on a CPU against the model in float64: every instruction set, odd shapes, special values."""
 
 import copy
+import json
 import pickle
 import platform
 import shutil
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mbv2
-from mbv2 import doctor, kernels
+from mbv2 import doctor, evaluate, kernels, optimized
 from mbv2.kernels import cpu_network
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -299,3 +300,50 @@ def test_the_kernels_run_clean_under_the_address_and_undefined_behaviour_sanitiz
     done = subprocess.run([str(program)], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(done.stdout.split()[0]) >= 63
+
+
+def test_eval_and_infer_run_it_on_a_cpu_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MBV2_BACKEND", raising=False)
+    model, x, cpu = trained(0.35), torch.randn(2, 3, 32, 32), torch.device("cpu")
+    with torch.no_grad():
+        wanted = model(x)
+        fast, runs = optimized.fastest(model, cpu)
+        assert isinstance(fast, optimized.OptimizedMobileNetV2)
+        assert cpu_network.isa() in runs
+        torch.testing.assert_close(fast(x), wanted, rtol=1e-4, atol=1e-5)
+        assert torch.equal(fast.real_logits(wanted), model.real_logits(wanted))
+        assert torch.equal(fast.targets(torch.arange(3)), model.targets(torch.arange(3)))
+        assert fast.num_real_classes == model.num_real_classes
+        assert optimized.fastest(model, cpu, torch.bfloat16)[0] is model
+        monkeypatch.setenv("MBV2_BACKEND", "aten")
+        plain, runs = optimized.fastest(model, cpu)
+        assert plain is model
+        assert "MBV2_BACKEND=aten" in runs
+    monkeypatch.setenv("MBV2_BACKEND", "auto")
+    monkeypatch.setenv("MBV2_CPU_ISA", "abacus")
+    with pytest.raises(mbv2.UserError, match="abacus"):
+        optimized.fastest(model, cpu)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "count"), [("nips17_ccby_299", 700), ("ilsvrc_val_227", 1000)])
+def test_on_real_pictures_it_names_the_classes_that_plain_torch_names(
+    shared_data: Path, name: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = shared_data / "weights" / "mobilenet_v2_torchvision_qnnpack_dequant_unitvar.pth"
+    found = []
+    for backend in ("auto", "aten"):
+        monkeypatch.setenv("MBV2_BACKEND", backend)
+        result = tmp_path / f"{backend}.json"
+        pictures = shared_data / "eval" / name
+        arguments = ["--pretrained", weights, "--data_url", pictures, "--json", result, "--num_parallel_workers", 0]
+        assert evaluate.main([str(argument) for argument in arguments]) == 0
+        found.append(json.loads(result.read_text()))
+    fast, plain = found
+    assert "compiled network" in fast["runs"]
+    assert plain["runs"].endswith("MBV2_BACKEND=aten")
+    assert fast["count"] == plain["count"] == count
+    # A logit that is a tie to the last bit may fall either way.
+    assert abs(fast["top1_right"] - plain["top1_right"]) <= 1
+    assert abs(fast["top5_right"] - plain["top5_right"]) <= 1
+    assert abs(fast["loss"] - plain["loss"]) < 1e-4

@@ -1,0 +1,3 @@
+#define MBV2_TENSOR HalfTensor
+#define MBV2_TYPE half
+#include "fused_kernels.cuh"

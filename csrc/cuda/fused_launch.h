@@ -1,0 +1,13 @@
+// Launching the fused block; no torch header, so that one build serves every torch.
+#pragma once
+
+#include "fused_params.h"
+
+namespace mbv2::cuda {
+
+// Puts the kernel of `element` and `tile`, and the one that adds partial sums where params.splits > 1, on `stream` of
+// the current device. Returns null, or the CUDA runtime's words on why it could not.
+const char* launch_fused(Element element, int tile, int64_t blocks, int shared_bytes, const FusedParams& params,
+                         void* stream);
+
+}  // namespace mbv2::cuda

@@ -1,0 +1,266 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace mbv2::cuda {
+namespace {
+
+int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return quotient_up(a, b) * b; }
+
+Divisor divisor(int64_t value) {
+    return {static_cast<uint32_t>(value), static_cast<uint32_t>(((int64_t{1} << 32) + value - 1) / value)};
+}
+
+// What a clock of one SM brings.
+struct Rates {
+    double products;  // multiply-adds of tensor cores, 16-bit operands and float32 sums
+    double clock;     // MHz
+};
+
+Rates rates(int arch) {
+    if (arch >= 120) return {256, 2400};
+    if (arch >= 100) return {1024, 1850};
+    if (arch >= 90) return {1280, 1750};
+    if (arch >= 86) return {256, 2000};
+    return {1024, 1410};
+}
+
+constexpr double kIssueShare = 0.6;    // of four instructions a clock
+constexpr double kSharedBytes = 128;   // a clock
+constexpr double kL2Bytes = 40;        // a clock and SM
+constexpr double kLoneWarp = 4;        // clocks an instruction takes a warp that is alone in its quarter of an SM
+constexpr double kLatency = 700;       // clocks of a load from L2
+constexpr double kBarrier = 40;        // clocks
+constexpr double kStart = 1200;        // clocks until a thread block's first products
+constexpr double kSecondLaunch = 2.0;  // microseconds of the kernel that adds partial sums
+
+// A thread block's work between two barriers.
+struct Phase {
+    double instructions = 0;  // of all warps
+    double longest = 0;       // of the warp that has most
+    double shared = 0;        // bytes
+    double products = 0;
+
+    void add(int64_t items, int warps, double instructions_each, double shared_each, double products_each) {
+        instructions += items * instructions_each;
+        longest += quotient_up(items, warps) * instructions_each;
+        shared += items * shared_each;
+        products += items * products_each;
+    }
+};
+
+class Planner {
+ public:
+    Planner(const BlockShape& shape, const Gpu& gpu, const Wish& wish, Plan* best)
+        : shape_(shape), gpu_(gpu), wish_(wish), best_(best), bytes_(element_bytes(shape.element)) {}
+
+    bool run() {
+        for (int tile = 0; tile < kTiles; ++tile) {
+            if (wish_.tile < 0 || wish_.tile == tile) try_tile(tile);
+        }
+        return found_;
+    }
+
+ private:
+    int64_t out_height() const { return (shape_.height - 1) / shape_.stride + 1; }
+    int64_t out_width() const { return (shape_.width - 1) / shape_.stride + 1; }
+
+    // Every size that makes one fewer tile than the next smaller one, up to `most`.
+    static std::vector<int64_t> sizes(int64_t extent, int64_t most, int wished) {
+        if (wished > 0) return {wished};
+        std::vector<int64_t> out;
+        for (int64_t size = std::min(extent, most); size > 0;) {
+            const int64_t tiles = quotient_up(extent, size);
+            out.push_back(quotient_up(extent, tiles));
+            size = out.back() - 1;
+        }
+        return out;
+    }
+
+    void try_tile(int index) {
+        const TileShape& tile = kTileShapes[index];
+        if (tile.channels() < shape_.outputs) return;
+        const int64_t units = tile.outputs() / tile.walk;
+        for (int64_t width : sizes(out_width(), units, wish_.tile_width)) {
+            const int64_t most = units / width * tile.walk;
+            for (int64_t height : sizes(out_height(), most, wish_.tile_height)) {
+                const int64_t room = units / (width * quotient_up(height, tile.walk));
+                const bool whole = width == out_width() && height == out_height();
+                const int64_t images = whole ? std::min<int64_t>({room, shape_.images, 8}) : 1;
+                for (int64_t n : sizes(images, images, wish_.tile_images)) {
+                    if (n <= room) try_layouts(index, n, height, width);
+                }
+            }
+        }
+    }
+
+    void try_layouts(int index, int64_t tile_images, int64_t tile_height, int64_t tile_width) {
+        Plan plan = {};
+        plan.tile = index;
+        plan.threads = kTileShapes[index].threads();
+        for (bool ahead : {true, false}) {
+            if (lay_out(plan, tile_images, tile_height, tile_width, ahead)) try_splits(plan);
+        }
+    }
+
+    void try_splits(Plan& plan) {
+        FusedParams& p = plan.params;
+        const int64_t chunks = quotient_up(p.hidden, kTileShapes[plan.tile].chunk_bytes / bytes_);
+        const int64_t tiles = quotient_up(p.images, p.tile_images) * p.tiles_down * p.tiles_across;
+        for (int64_t each : sizes(chunks, chunks, -1)) {
+            p.splits = static_cast<int32_t>(quotient_up(chunks, each));
+            p.chunks = static_cast<int32_t>(each);
+            if (wish_.splits > 0 && wish_.splits != p.splits) continue;
+            // Partial sums pay only while tiles alone leave SMs idle.
+            if (wish_.splits < 0 && p.splits > 1 && tiles * (p.splits - 1) >= 2 * gpu_.processors) break;
+            plan.blocks = tiles * p.splits;
+            if (plan.blocks > INT32_MAX) continue;
+            plan.partial_bytes = p.splits > 1 ? p.splits * p.out_positions * p.outputs * 4 : 0;
+            plan.microseconds = estimate(plan);
+            if (!found_ || plan.microseconds < best_->microseconds) *best_ = plan, found_ = true;
+        }
+    }
+
+    bool lay_out(Plan& plan, int64_t tile_images, int64_t tile_height, int64_t tile_width, bool ahead) const {
+        const TileShape& tile = kTileShapes[plan.tile];
+        const int64_t pitch = tile.chunk_bytes + 16, chunk = tile.chunk_bytes / bytes_;
+        const int64_t walks = quotient_up(tile_height, tile.walk), stride = shape_.stride;
+        const int64_t a1_rows = (walks * tile.walk - 1) * stride + 3, a1_columns = (tile_width - 1) * stride + 3;
+        const int64_t positions = positions_of(tile_images, tile_height, tile_width);
+        const int64_t outputs = round_up(tile_images * walks * tile_width, 16) * tile.walk;
+        const int64_t row = round_up(shape_.inputs * bytes_, 32);
+
+        FusedParams& p = plan.params;
+        p.out_positions = shape_.images * out_height() * out_width();
+        p.images = static_cast<int32_t>(shape_.images);
+        p.height = static_cast<int32_t>(shape_.height), p.width = static_cast<int32_t>(shape_.width);
+        p.inputs = static_cast<int32_t>(shape_.inputs), p.hidden = static_cast<int32_t>(shape_.hidden);
+        p.outputs = static_cast<int32_t>(shape_.outputs);
+        p.out_height = static_cast<int32_t>(out_height()), p.out_width = static_cast<int32_t>(out_width());
+        p.stride = static_cast<int32_t>(stride), p.residual = shape_.residual;
+        p.tile_images = static_cast<int32_t>(tile_images);
+        p.tile_height = static_cast<int32_t>(tile_height), p.tile_width = static_cast<int32_t>(tile_width);
+        p.tiles_down = static_cast<int32_t>(quotient_up(out_height(), tile_height));
+        p.tiles_across = static_cast<int32_t>(quotient_up(out_width(), tile_width));
+        p.x_vectors = divisor(row / 16), p.out_vectors = divisor(shape_.outputs * bytes_ / 16);
+
+        const int64_t padded = round_up(positions, 32);
+        const int64_t x_bytes = shape_.expands ? padded * (row + 16) : 0;
+        const int64_t w3_bytes = round_up(shape_.outputs, 16) * pitch;
+        const int64_t weights = w3_bytes + (shape_.expands ? chunk * (row + 16) : 0);
+        const int64_t taps = 9 * tile.chunk_bytes + 8 * chunk;
+        const int64_t at_a2 = x_bytes + tile_images * a1_rows * a1_columns * pitch;
+        const int64_t at_weights = at_a2 + outputs * pitch;
+        const int64_t staged = x_bytes + outputs * (shape_.outputs * bytes_ + 16);
+        const int64_t at_tables = std::max(at_weights + 2 * taps + (ahead ? 2 : 1) * weights, staged);
+        const int64_t total = at_tables + kTileBytes + tile.outputs() / tile.walk * kUnitBytes + padded * kPlaceBytes;
+        // The kernel divides vector numbers below 2^16 only.
+        if (total > gpu_.shared_per_block || padded * (row / 16) >= 1 << 16) return false;
+        p.at_a1 = static_cast<int32_t>(x_bytes), p.at_a2 = static_cast<int32_t>(at_a2);
+        p.at_weights = static_cast<int32_t>(at_weights), p.at_tables = static_cast<int32_t>(at_tables);
+        p.x_pitch = static_cast<int32_t>(row + 16);
+        p.ahead = ahead, p.weights_step = static_cast<int32_t>(ahead ? weights : 0),
+        p.w3_bytes = static_cast<int32_t>(w3_bytes);
+        plan.shared_bytes = static_cast<int>(total);
+        return true;
+    }
+
+    // Input positions of a tile, halo included, as many as lie inside the image.
+    int64_t positions_of(int64_t images, int64_t height, int64_t width) const {
+        const int64_t rows = std::min((height - 1) * shape_.stride + 3, shape_.height);
+        const int64_t columns = std::min((width - 1) * shape_.stride + 3, shape_.width);
+        return images * rows * columns;
+    }
+
+    double estimate(const Plan& plan) const {
+        const FusedParams& p = plan.params;
+        const TileShape& tile = kTileShapes[plan.tile];
+        const int warps = tile.warps_m * tile.warps_n;
+        const bool packed = bytes_ == 2;
+        const int64_t steps = tile.chunk_bytes / 32, x_steps = p.x_vectors.value / 2;
+        const int64_t positions = positions_of(p.tile_images, p.tile_height, p.tile_width);
+        const int64_t groups = quotient_up(p.tile_images * quotient_up(p.tile_height, tile.walk) * p.tile_width, 16);
+        // Of an 8-column tensor-core tile and 32 bytes of channels: instructions and multiply-adds of 16-bit speed.
+        const double mma = packed ? 1 : 3, work = packed ? 2048 : 6144, split = packed ? 0 : 12;
+
+        Phase walk, multiply;
+        const int64_t rows = tile.walk * shape_.stride + 3 - shape_.stride;
+        if (packed) {
+            walk.add(groups * steps, warps, 70 + 3 * rows + 26 * tile.walk, 3 * rows * 512 + tile.walk * 512,
+                     tile.walk * 18 * 1024);
+        } else {
+            walk.add(groups * steps, warps, 80 + 2 * (3 * rows + 26 * tile.walk), 6 * rows * 256 + tile.walk * 512, 0);
+        }
+        if (shape_.expands) {
+            const int64_t tiles = packed ? 4 : 2;
+            multiply.add(quotient_up(positions, 32) * steps / 2, warps,
+                         60 + 12 * tiles + x_steps * (6 + (tiles + 4) * (1 + split) / 2 + 2 * tiles * mma),
+                         x_steps * (2 + tiles / 2) * 512 + 2048, x_steps * 2 * tiles * work);
+        }
+        const int64_t across = std::min<int64_t>(tile.tiles_n, quotient_up(shape_.outputs, 8));
+        const double left = tile.tiles_m + across / 2.0;
+        multiply.add(warps, warps, steps * (left * (1 + split) + tile.tiles_m * across * mma), steps * left * 512,
+                     steps * tile.tiles_m * across * work);
+
+        const double chunks = p.chunks;
+        const double weights =
+            chunks * (tile.chunk_bytes / bytes_) * (p.outputs + (shape_.expands ? p.inputs : 0)) * bytes_;
+        const double moved = weights + double(positions) * p.inputs * bytes_ +
+                             double(p.tile_images) * p.tile_height * p.tile_width * p.outputs * bytes_;
+        const Rates rate = rates(gpu_.arch);
+        double instructions = 0, longest = kStart, shared = 0, products = 0;
+        for (const Phase& phase : {walk, multiply}) {
+            instructions += chunks * phase.instructions;
+            longest += chunks * (kBarrier + kLoneWarp * phase.longest);
+            shared += chunks * phase.shared;
+            products += chunks * phase.products;
+        }
+        if (!p.ahead) longest += std::max(0.0, chunks * (kLatency - kLoneWarp * walk.longest) + weights / kL2Bytes);
+        instructions += positions * (p.x_vectors.value * 30.0 + 60) / 32;
+        const int resident = std::max(1, std::min(tile.blocks, gpu_.shared_per_processor / (plan.shared_bytes + 1024)));
+        const double throughput = std::max(
+            {instructions / (4 * kIssueShare), shared / kSharedBytes, products / rate.products, moved / kL2Bytes});
+        const double full = std::max(throughput * resident, longest);
+        const int64_t slots = int64_t{gpu_.processors} * resident, waves = plan.blocks / slots;
+        const int64_t rest = plan.blocks - waves * slots;
+        // Of the last wave, only as many blocks share an SM as there are.
+        const double last = rest == 0 ? 0 : std::max(throughput * quotient_up(rest, gpu_.processors), longest);
+        double microseconds = (waves * full + last) / rate.clock;
+        if (p.splits > 1) {
+            microseconds += kSecondLaunch + 2.0 * plan.partial_bytes / (kL2Bytes * gpu_.processors) / rate.clock;
+        }
+        return microseconds;
+    }
+
+    const BlockShape& shape_;
+    const Gpu& gpu_;
+    const Wish& wish_;
+    Plan* best_;
+    const int bytes_;
+    bool found_ = false;
+};
+
+}  // namespace
+
+const char* refusal(const BlockShape& s, const Gpu& gpu) {
+    if (gpu.arch < 80) return "the fused block needs compute capability 8.0 or newer";
+    if (s.stride != 1 && s.stride != 2) return "the stride is neither 1 nor 2";
+    if (s.images < 1 || s.height < 1 || s.width < 1) return "there are no pixels";
+    if (s.inputs < 8 || s.hidden < 8 || s.outputs < 8) return "a convolution has fewer than 8 channels";
+    if (s.inputs % 8 || s.hidden % 8 || s.outputs % 8) return "channels are not multiples of 8";
+    if (s.outputs > kTileShapes[kTiles - 1].channels()) return "the projection has too many channels";
+    if (!s.expands && s.inputs != s.hidden) return "without expansion, inputs and hidden channels are the same";
+    if (s.residual && (s.stride != 1 || s.inputs != s.outputs)) return "the shortcut needs stride 1 and equal channels";
+    if (s.images > INT32_MAX || s.height > 1 << 20 || s.width > 1 << 20 || s.inputs > 1 << 14 || s.hidden > 1 << 20)
+        return "the tensors are too large";
+    // Positions inside a tile's images are 32-bit numbers.
+    if (s.height * s.width > INT32_MAX / 8) return "an image is too large";
+    return nullptr;
+}
+
+bool plan_block(const BlockShape& shape, const Gpu& gpu, const Wish& wish, Plan* best) {
+    return refusal(shape, gpu) == nullptr && Planner(shape, gpu, wish, best).run();
+}
+
+}  // namespace mbv2::cuda
