@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mbv2.kernels import fused, reference
+from mbv2.kernels.cuda import support as cuda_support
 from mbv2.kernels.dispatch import Backend, choose, count, register
 from mbv2.kernels.stages import ConvBN
 from mbv2.kernels.triton import support
@@ -86,4 +87,5 @@ def _way(operator: str, x: Tensor) -> ModuleType:
     return reference
 
 
+register("cuda", Backend(cuda_support.refusal, cuda_support.stages))
 register("triton", Backend(support.refusal, support.stages))
