@@ -83,11 +83,14 @@ class OptimizedMobileNetV2(nn.Module):
         self._packed, self._plan, self.isa = network.packed, network.plan, network.isa
 
 
-def optimize_for_inference(model: MobileNetV2) -> OptimizedMobileNetV2:
-    """Fold BatchNorm, pack the weights for this CPU, and return a module that runs the network in one call.
+def optimize_for_inference(model: MobileNetV2) -> nn.Module:
+    """Fold BatchNorm, pack the weights for the device, and return a module that runs the network fast there.
 
     Args:
-        model: an `mbv2.MobileNetV2` in evaluation mode, float32, on the CPU.
+        model: an `mbv2.MobileNetV2` in evaluation mode: float32 on the CPU, or float16, bfloat16 or float32 on a GPU.
+
+    Returns:
+        An `OptimizedMobileNetV2`, or for a GPU an `mbv2.optimized_cuda.OptimizedCudaMobileNetV2`.
 
     Raises:
         TypeError: another kind of model.
@@ -98,6 +101,11 @@ def optimize_for_inference(model: MobileNetV2) -> OptimizedMobileNetV2:
         raise TypeError(f"optimize_for_inference takes an mbv2.MobileNetV2, not {type(model).__name__}")
     if any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode; call model.eval() first")
+    if model.classifier[-1].weight.device.type == "cuda":
+        from mbv2 import optimized_cuda
+
+        optimized_cuda.check(model)
+        return optimized_cuda.OptimizedCudaMobileNetV2(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and (tensor.dtype != torch.float32 or tensor.device.type != "cpu"):
             raise ValueError(
