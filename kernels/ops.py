@@ -76,7 +76,7 @@ def head(x: Tensor, conv: ConvBN) -> Tensor:
 def is_fused(operator: str, x: Tensor) -> bool:
     """Whether an operator called on `x` now has more to offer than the modules it stands for.
 
-    That is, whether kernels would run it, or plain torch was asked for by name; "auto" that ends in plain torch has not.
+    That is, whether kernels would run it, or plain torch was asked for by name, which "auto" is not.
 
     Raises:
         BackendError: a backend was asked for by name and cannot serve this call.

@@ -93,8 +93,8 @@ def _worthwhile(x: Any) -> bool:
         isinstance(x, Tensor)
         and _plain(x)
         and x.dim() == 4
-        and is_fused("inverted_residual", x)
         and not torch.jit.is_tracing()
+        and is_fused("inverted_residual", x)
         and not _has_any_global_hook()
         and not torch._C._are_functorch_transforms_active()
     )
