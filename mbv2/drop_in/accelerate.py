@@ -2,11 +2,12 @@
 
 import warnings
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from torch import nn
 
 from mbv2.drop_in.leaves import Mismatch
-from mbv2.drop_in.owners import OWNERS, forward_name
+from mbv2.drop_in.owners import full_name, owner_of
 from mbv2.drop_in.patterns import described
 from mbv2.drop_in.swap import Accelerated, accelerated_class, original_class
 from mbv2.drop_in.unmatched import FOREIGN, NOTES, OURS, why_depthwise_stays
@@ -59,7 +60,10 @@ class Report:
         lines = [f"{self.model}: {len(self.swapped)} swapped, {len(self.kept)} kept"]
         rows = [(s.name or "(model)", s.kind, s.channels, f"stride {s.stride}", s.owner) for s in self.swapped]
         lines += _columns(rows)
-        lines += [f"kept: {k.name or '(model)'} ({k.owner}): {k.why}" for k in self.kept]
+        for (owner, why), same in groupby(self.kept, key=lambda kept: (kept.owner, kept.why)):
+            names = [kept.name or "(model)" for kept in same]
+            where = names[0] if len(names) == 1 else f"{len(names)} from {names[0]} to {names[-1]}"
+            lines.append(f"kept: {where} ({owner}): {why}")
         return "\n".join(lines)
 
 
@@ -115,11 +119,11 @@ def _visit(module: nn.Module, name: str, report: Report, seen: set[int]) -> None
     if id(module) in seen:
         return
     seen.add(id(module))
-    key = forward_name(_class_of(module))
+    key = full_name(_class_of(module).forward)
     if key in FOREIGN:
         report.kept.append(Kept(name, type(module).__name__, FOREIGN[key]))
         return
-    owner = OWNERS.get(key)
+    owner = owner_of(_class_of(module))
     if owner is not None and not owner.opened:
         _try(module, name, report, say_why=True)
         return
@@ -142,7 +146,7 @@ def _visit(module: nn.Module, name: str, report: Report, seen: set[int]) -> None
 def _try(module: nn.Module, name: str, report: Report, say_why: bool) -> None:
     """Swap one known module if it matches, and report."""
     original = _class_of(module)
-    steps = OWNERS[forward_name(original)].read(module)
+    steps = owner_of(original).read(module)
     if not isinstance(steps, Mismatch) and "forward" in module.__dict__:
         steps = Mismatch(None, "has a forward of its own on the instance")
     if isinstance(steps, Mismatch):

@@ -5,7 +5,7 @@ An owner is known by the function that is its forward, so that a subclass counts
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -16,16 +16,31 @@ Read = Callable[[nn.Module], "list[Step] | Mismatch"]
 
 
 class Owner(NamedTuple):
-    """A kind of module: how its steps are read, and whether what it holds is searched for owners as well."""
+    """A kind of module.
+
+    Attributes:
+        read: the module's steps.
+        opened: what it holds is searched for owners as well.
+        calls: another method that its forward calls, and that a subclass has to leave as it is.
+    """
 
     read: Read
     opened: bool = False
+    calls: str = "forward"
 
 
-def forward_name(cls: type[nn.Module]) -> str:
-    """The full name of the function that is a class's forward."""
-    forward = cls.forward
-    return f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', '')}"
+def full_name(method: Any) -> str:
+    """A method's name with those of its module and class."""
+    return f"{getattr(method, '__module__', '')}.{getattr(method, '__qualname__', '')}"
+
+
+def owner_of(cls: type[nn.Module]) -> Owner | None:
+    """What is known of modules of this class, None if nothing is."""
+    name = full_name(cls.forward)
+    owner = OWNERS.get(name)
+    if owner is None or full_name(getattr(cls, owner.calls)) != name.removesuffix("forward") + owner.calls:
+        return None
+    return owner
 
 
 def is_sequence(module: nn.Module) -> bool:
@@ -89,9 +104,6 @@ def read_torchvision_block(module: nn.Module) -> list[Step] | Mismatch:
 
 def read_torchvision_model(module: nn.Module) -> list[Step] | Mismatch:
     """`features`, the average over all positions, `classifier`: the last convolution is computed with the average."""
-    implementation = type(module)._forward_impl
-    if implementation.__module__ + "." + implementation.__qualname__ != f"{_TORCHVISION}.MobileNetV2._forward_impl":
-        return Mismatch(None, "has a _forward_impl of its own")
     if not is_sequence(module.features):
         return Mismatch(module.features, "is no plain Sequential, or has hooks")
     *body, last = module.features._modules.values()
@@ -178,7 +190,7 @@ _HUGGING_FACE = "transformers.models.mobilenet_v2.modeling_mobilenet_v2"
 OWNERS: dict[str, Owner] = {
     "torch.nn.modules.container.Sequential.forward": Owner(read_sequence, opened=True),
     f"{_TORCHVISION}.InvertedResidual.forward": Owner(read_torchvision_block),
-    f"{_TORCHVISION}.MobileNetV2.forward": Owner(read_torchvision_model, opened=True),
+    f"{_TORCHVISION}.MobileNetV2.forward": Owner(read_torchvision_model, opened=True, calls="_forward_impl"),
     f"{_TIMM}.InvertedResidual.forward": Owner(read_timm_block),
     f"{_TIMM}.DepthwiseSeparableConv.forward": Owner(read_timm_separable),
     f"{_HUGGING_FACE}.MobileNetV2InvertedResidual.forward": Owner(read_hugging_face_block),

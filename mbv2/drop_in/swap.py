@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from mbv2.drop_in.leaves import Mismatch
-from mbv2.drop_in.owners import OWNERS, Read, forward_name
+from mbv2.drop_in.owners import Read, owner_of
 from mbv2.drop_in.patterns import Step, run, stages
 from mbv2.kernels.ops import is_fused
 
@@ -50,7 +50,7 @@ class Accelerated:
 @functools.cache
 def accelerated_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `cls` whose forward runs its known steps as fused operators."""
-    read = OWNERS[forward_name(cls)].read
+    read = owner_of(cls).read
     members = {"forward": _forward(cls, read), "__module__": __name__, "__doc__": cls.__doc__}
     return types.new_class(f"Accelerated{cls.__name__}", (Accelerated, cls), {}, lambda body: body.update(members))
 
@@ -93,8 +93,8 @@ def _worthwhile(x: Any) -> bool:
         isinstance(x, Tensor)
         and _plain(x)
         and x.dim() == 4
-        and is_fused("inverted_residual", x)
         and not torch.jit.is_tracing()
+        and is_fused("inverted_residual", x)
         and not _has_any_global_hook()
         and not torch._C._are_functorch_transforms_active()
     )
