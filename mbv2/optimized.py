@@ -30,6 +30,7 @@ class OptimizedMobileNetV2(nn.Module):
         self.num_real_classes = model.num_real_classes
         self.class_offset = model.class_offset
         self._blocks = block_shapes(model)
+        self._turns_picture = model.turns_picture
         self._last_channels = model.last_channel
         self._folded = fold(model)
         self._pack()
@@ -45,6 +46,8 @@ class OptimizedMobileNetV2(nn.Module):
             raise RuntimeError(
                 "an optimized network has no gradients: use torch.no_grad(), or the model it was made from"
             )
+        if self._turns_picture:
+            x = x.flip(2, 3)
         return torch.ops.mbv2.cpu_network(x, self._packed, self._plan, self.num_classes, self.isa)
 
     def real_logits(self, logits: Tensor) -> Tensor:

@@ -192,9 +192,9 @@ def _pack(items: list[_Item | _Failure]) -> _Pack | _Failure:
 
 
 def eval_picture(image: Tensor, recipe: Recipe) -> Tensor:
-    """uint8 [3, H, W] -> uint8 [3, R, R]: shorter side to `eval_resize`, centre crop."""
+    """uint8 [3, H, W] -> uint8 [3, R, R]: shorter side to `eval_resize`, centre crop; or the whole squeezed."""
     height, width = image.shape[1:]
-    if max(height, width) > _LONGEST * min(height, width):
+    if not recipe.squeeze and max(height, width) > _LONGEST * min(height, width):
         # A line of pixels would become gigabytes when its shorter side is resized; the ends are cropped off anyway.
         image = F.center_crop(image, [min(height, _LONGEST * width), min(width, _LONGEST * height)])
     size, (top, left) = eval_geometry(image.shape[1], image.shape[2], recipe)
