@@ -59,4 +59,15 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, 0, methods, nullp
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__cuda() { return PyModule_Create(&module); }
+namespace mbv2::cuda {
+extern PyMethodDef training_methods[];
+}
+
+PyMODINIT_FUNC PyInit__cuda() {
+    PyObject* made = PyModule_Create(&module);
+    if (made != nullptr && PyModule_AddFunctions(made, mbv2::cuda::training_methods) != 0) {
+        Py_DECREF(made);
+        return nullptr;
+    }
+    return made;
+}

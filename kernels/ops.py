@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mbv2.kernels import fused, reference
 from mbv2.kernels.cpu import support as cpu_support
+from mbv2.kernels.cuda import support as cuda_support
 from mbv2.kernels.dispatch import Backend, asked, choose, count, register
 from mbv2.kernels.stages import ConvBN
 from mbv2.kernels.triton import support
@@ -100,5 +101,6 @@ def _way(operator: str, x: Tensor) -> ModuleType:
     return reference
 
 
+register("cuda", Backend(cuda_support.refusal, cuda_support.stages))
 register("triton", Backend(support.refusal, support.stages))
 register("cpu", Backend(cpu_support.refusal, cpu_support.stages))

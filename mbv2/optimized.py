@@ -29,9 +29,9 @@ class OptimizedMobileNetV2(nn.Module):
         self.num_classes = model.num_classes
         self.num_real_classes = model.num_real_classes
         self.class_offset = model.class_offset
-        self._blocks = _shapes(model)
+        self._blocks = block_shapes(model)
         self._last_channels = model.last_channel
-        self._folded = _fold(model)
+        self._folded = fold(model)
         self._pack()
         self.eval()
 
@@ -83,11 +83,14 @@ class OptimizedMobileNetV2(nn.Module):
         self._packed, self._plan, self.isa = network.packed, network.plan, network.isa
 
 
-def optimize_for_inference(model: MobileNetV2) -> OptimizedMobileNetV2:
-    """Fold BatchNorm, pack the weights for this CPU, and return a module that runs the network in one call.
+def optimize_for_inference(model: MobileNetV2) -> nn.Module:
+    """Fold BatchNorm, pack the weights for the device, and return a module that runs the network fast there.
 
     Args:
-        model: an `mbv2.MobileNetV2` in evaluation mode, float32, on the CPU.
+        model: an `mbv2.MobileNetV2` in evaluation mode: float32 on the CPU, or float16, bfloat16 or float32 on a GPU.
+
+    Returns:
+        An `OptimizedMobileNetV2`, or for a GPU an `mbv2.optimized_cuda.OptimizedCudaMobileNetV2`.
 
     Raises:
         TypeError: another kind of model.
@@ -98,6 +101,11 @@ def optimize_for_inference(model: MobileNetV2) -> OptimizedMobileNetV2:
         raise TypeError(f"optimize_for_inference takes an mbv2.MobileNetV2, not {type(model).__name__}")
     if any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode; call model.eval() first")
+    if model.classifier[-1].weight.device.type == "cuda":
+        from mbv2 import optimized_cuda
+
+        optimized_cuda.check(model)
+        return optimized_cuda.OptimizedCudaMobileNetV2(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and (tensor.dtype != torch.float32 or tensor.device.type != "cpu"):
             raise ValueError(
@@ -138,7 +146,8 @@ def fastest(
     return fast, f"one compiled network ({fast.isa})"
 
 
-def _shapes(model: MobileNetV2) -> list[cpu_network.BlockShape]:
+def block_shapes(model: MobileNetV2) -> list[cpu_network.BlockShape]:
+    """The blocks of `model` in order, as `cpu_network.pack` takes them."""
     return [
         cpu_network.BlockShape(
             project.weight.shape[1] if expand is None else expand.weight.shape[1],
@@ -153,7 +162,10 @@ def _shapes(model: MobileNetV2) -> list[cpu_network.BlockShape]:
 
 
 @torch.no_grad()
-def _fold(model: MobileNetV2) -> list[Tensor]:
+def fold(model: MobileNetV2) -> list[Tensor]:
+    """Weight and bias of every convolution and of the classifier with BatchNorm folded in, as `cpu_network.pack` takes
+    them.
+    """
     stages = [model.features[0].stage()]
     for block in model.features[1:-1]:
         stages += [stage for stage in block.stages() if stage is not None]

@@ -23,6 +23,12 @@ from mbv2.kernels import cpu_network
 ROOT = Path(__file__).resolve().parents[1]
 ISAS = [] if cpu_network.refusal() else cpu_network.usable_isas()
 
+KERNELS = ROOT / "csrc" / "cpu"
+NETWORK = [
+    KERNELS / f"{name}.cpp" for name in ("isa", "kernels_avx2", "kernels_avx512", "kernels_portable", "network", "pack")
+]
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
 pytestmark = pytest.mark.skipif(not ISAS, reason=f"{cpu_network.refusal()}")
 
 
@@ -270,36 +276,62 @@ def test_importing_the_package_does_not_load_the_compiled_module() -> None:
     assert subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT).returncode == 0
 
 
-@pytest.mark.slow
-def test_the_kernels_run_clean_under_the_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
+def compiler_or_skip() -> str:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
-    folder = ROOT / "csrc" / "cpu"
+    return compiler
+
+
+def build(sources: list[Path], flags: list[str], isa_flags: dict[str, list[str]], program: Path) -> None:
+    """Compile `sources`, each with `flags` and its own of `isa_flags`, and link them to `program`."""
+    command = [compiler_or_skip(), "-std=c++20", "-w", f"-I{KERNELS}", *flags]
+
+    def compile_one(source: Path) -> str:
+        target = program.parent / f"{source.stem}.o"
+        own = isa_flags.get(source.stem, [])
+        subprocess.run([*command, *own, "-c", str(source), "-o", str(target)], check=True, capture_output=True)
+        return str(target)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, sources))
+    subprocess.run([*command, *objects, "-pthread", "-o", str(program)], check=True)
+
+
+def run_built(program: Path) -> int:
+    """The first number that `program` prints, if it succeeds."""
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return int(done.stdout.split()[0])
+
+
+@pytest.mark.slow
+def test_the_kernels_run_clean_under_the_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
+    program = tmp_path / "sanitized"
     probe = subprocess.run(
-        [compiler, "-xc++", "-", "-fsanitize=address,undefined", "-o", str(tmp_path / "probe")],
+        [compiler_or_skip(), "-xc++", "-", "-fsanitize=address,undefined", "-o", str(tmp_path / "probe")],
         input=b"int main() {}",
         capture_output=True,
     )
     if probe.returncode != 0:
         pytest.skip("this g++ has no sanitizers")
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
     isa_flags = {"kernels_avx512": ["-mavx512f", "-mavx512dq", "-mfma"], "kernels_avx2": ["-mavx2", "-mfma"]}
-    flags = ["-std=c++20", "-O1", "-g1", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    build([*NETWORK, ROOT / "tests" / "cpu_network_sanitized.cpp"], flags, isa_flags if X86 else {}, program)
+    assert run_built(program) >= 63
 
-    def build(source: Path) -> str:
-        target = tmp_path / f"{source.stem}.o"
-        own = isa_flags.get(source.stem, []) if x86 else []
-        subprocess.run([compiler, *flags, *own, f"-I{folder}", "-c", str(source), "-o", str(target)], check=True)
-        return str(target)
 
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(build, [*sorted(folder.glob("*.cpp")), ROOT / "tests" / "cpu_network_sanitized.cpp"]))
-    program = tmp_path / "sanitized"
-    subprocess.run([compiler, *flags, *objects, "-pthread", "-o", str(program)], check=True)
-    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert int(done.stdout.split()[0]) >= 63
+@pytest.mark.slow
+def test_the_avx512_kernels_through_simde_are_the_portable_ones_on_any_machine(tmp_path: Path) -> None:
+    probe = [compiler_or_skip(), "-xc++", "-E", "-"]
+    if subprocess.run(probe, input=b"#include <simde/x86/avx512.h>\n", capture_output=True).returncode != 0:
+        pytest.skip("no SIMDe headers (Debian: apt-get install libsimde-dev)")
+    native = ["-mavx2", "-mfma"] if "avx2" in ISAS else []
+    program = tmp_path / "simde"
+    sources = [KERNELS / f"{name}.cpp" for name in ("kernels_portable", "network", "pack", "kernels_avx512")]
+    isa_flags = {"kernels_avx512": ["-DMBV2_SIMDE", *native]}
+    build([*sources, ROOT / "tests" / "cpu_network_simde.cpp"], ["-O1"], isa_flags, program)
+    assert run_built(program) == 42
 
 
 def test_eval_and_infer_run_it_on_a_cpu_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:

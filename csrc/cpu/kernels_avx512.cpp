@@ -1,8 +1,14 @@
-// AVX-512F: 16 lanes, 32 registers.
+// AVX-512F: 16 lanes, 32 registers. With MBV2_SIMDE the intrinsics come from SIMDe, so that tests can run these kernels
+// on machines without the instructions.
 #include "kernels.h"
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(MBV2_SIMDE)
+#ifdef MBV2_SIMDE
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+#else
 #include <immintrin.h>
+#endif
 
 #include "microkernels.h"
 

@@ -25,6 +25,12 @@ struct bf16 {
 constexpr int64_t kRows = 96;
 // Widest panel, 3 vectors of 16 lanes.
 constexpr int64_t kPanel = 48;
+
+inline int64_t panels(int64_t vectors) { return vectors == 1 ? 1 : vectors / 2; }
+inline int64_t panel_vectors(int64_t vectors, int64_t panel) {
+    return panel + 1 < panels(vectors) ? 2 : vectors - 2 * panel;
+}
+
 // Channels of a hidden tensor that `pointwise_backward` holds at once.
 constexpr int64_t kChunk = 192;
 

@@ -87,7 +87,7 @@ void gather(const Patches<T>& p, int64_t first, int64_t rows, float* tile, int64
 template <class V>
 void to_panels(const float* tile, int64_t stride, int64_t rows, int64_t columns, float* panels) {
     const int64_t vectors = ceil_div(columns, V::lanes);
-    for (int64_t p = 0; p < cpu::panels(vectors); ++p) {
+    for (int64_t p = 0; p < train::panels(vectors); ++p) {
         const int64_t count = panel_vectors(vectors, p);
         for (int64_t r = 0; r < rows; ++r) {
             for (int64_t v = 0; v < count; ++v, panels += V::lanes) {

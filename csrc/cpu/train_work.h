@@ -128,7 +128,7 @@ template <class T>
 void pack(const Machine& machine, const Weight<const T>& weight, Along along, float* panels) {
     const int64_t lanes = machine.kernels.lanes;
     const int64_t across = along == Along::outputs ? weight.outputs : weight.length();
-    run_tasks(machine, cpu::panels(ceil_div(across, lanes)), 0, [&](int64_t p, float*) {
+    run_tasks(machine, train::panels(ceil_div(across, lanes)), 0, [&](int64_t p, float*) {
         walk_panel(weight, along, lanes, p,
                    [&](int64_t at, const T* from) { panels[at] = from == nullptr ? 0.0f : as_float(*from); });
     });
@@ -160,7 +160,7 @@ void unpack(const Machine& machine, float* parts, int64_t count, int64_t floats,
     const int64_t across = along == Along::outputs ? weight.outputs : weight.length();
     const int64_t length = along == Along::outputs ? weight.length() : weight.outputs;
     const int64_t vectors = ceil_div(across, lanes);
-    run_tasks(machine, cpu::panels(vectors), 0, [&](int64_t p, float*) {
+    run_tasks(machine, train::panels(vectors), 0, [&](int64_t p, float*) {
         float* first = parts + 2 * p * lanes * length;
         const int64_t size = panel_vectors(vectors, p) * lanes * length;
         for (int64_t part = 1; part < count; ++part) machine.kernels.add(first + part * floats, size, first);

@@ -338,6 +338,8 @@ class Block {
                 unsigned char* a1 = smem + p.at_a1 + to + (n + lane % 4 * 2) * Tr::kBytes;
 #pragma unroll
                 for (int j = 0; j < Tr::kExpandTiles; ++j) {
+                    // Past the last channel an infinite x times a zero weight would be NaN.
+                    if (first_channel + n + j * 8 >= p.hidden) break;
                     const float* pair = d[half / 2][j] + half % 2 * 2;
                     store_relu6<Tensor>(a1 + j * 8 * Tr::kBytes, pair[0], pair[1]);
                 }

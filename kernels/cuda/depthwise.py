@@ -5,6 +5,7 @@ columns of the output, of one image, counted through all images. As in the Trito
 only, so that equal shapes give equal bits on every GPU.
 """
 
+import ctypes
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -43,6 +44,25 @@ class Cut(NamedTuple):
     def parts(self, n: int) -> int:
         """Blocks that share a slab of channels."""
         return -(-n * self.chunks // self.groups) * self.strips
+
+
+_POINTER, _INT = ctypes.c_uint64, ctypes.c_int32
+_SIZES = (*((name, _INT) for name in ("n", "c", "h", "w", "ho", "wo")), ("cut", _INT * 6))
+
+
+class ForwardParams(ctypes.Structure):
+    """`DepthwiseParams` of csrc/cuda/depthwise_params.h."""
+
+    _fields_ = (*((name, _POINTER) for name in ("x", "bn", "weight", "y", "moments")), *_SIZES)
+
+
+class BackwardParams(ctypes.Structure):
+    """`DepthwiseBackwardParams` of the same file."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("dz2", "y2", "coef", "y1", "bn", "weight", "dz1", "sums", "dweight")),
+        *_SIZES,
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -150,7 +170,8 @@ def _check(x: Tensor, backward: bool = False) -> None:
 
 
 def _forward(x: Tensor, bn: Tensor | None, weight: Tensor, y: Tensor, moments: Tensor, stride: int, plan: Cut) -> None:
-    torch.ops.mbv2.cuda_depthwise(x, bn, weight.contiguous(), y, moments, stride, plan)
+    arrays = {"x": x, "bn": bn, "weight": weight.contiguous(), "y": y, "moments": moments}
+    _launch("depthwise", ForwardParams(), arrays, x, y, stride, plan)
 
 
 def _backward(
@@ -166,4 +187,41 @@ def _backward(
     stride: int,
     plan: Cut,
 ) -> None:
-    torch.ops.mbv2.cuda_depthwise_backward(dz2, y2, coef, y1, bn, weight.contiguous(), dz1, sums, dweight, stride, plan)
+    arrays = {
+        "dz2": dz2, "y2": y2, "coef": coef, "y1": y1, "bn": bn, "weight": weight.contiguous(), "dz1": dz1, "sums": sums,
+        "dweight": dweight,
+    }  # fmt: skip
+    _launch("depthwise_backward", BackwardParams(), arrays, y1, y2, stride, plan)
+
+
+def _launch(
+    stage: str,
+    params: ForwardParams | BackwardParams,
+    arrays: dict[str, Tensor | None],
+    x: Tensor,
+    y: Tensor,
+    stride: int,
+    plan: Cut,
+) -> None:
+    """Fill in `params` and hand the launch over; x is the convolution's input and y its output."""
+    for name, array in arrays.items():
+        setattr(params, name, 0 if array is None else array.data_ptr())
+    params.n, params.c, params.h, params.w = x.shape
+    params.ho, params.wo = y.shape[2:]
+    params.cut = (_INT * 6)(*plan)
+    submit(stage, params, arrays, x, stride, plan)
+
+
+def submit(
+    stage: str,
+    params: ForwardParams | BackwardParams,
+    arrays: dict[str, Tensor | None],
+    x: Tensor,
+    stride: int,
+    plan: Cut,
+) -> None:
+    """Launch on the current stream of x's device. `arrays`, which hold the memory, outlive the call by stream order."""
+    from mbv2 import _cuda
+
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    getattr(_cuda, f"launch_{stage}")(bytes(params), _TYPES.index(x.dtype), stride, stream)
