@@ -68,7 +68,7 @@ def bn_apply(y: Tensor, bn: Tensor, residual: Tensor | None, relu6: bool) -> Ten
     """scale * y + shift, then ReLU6 if asked, then plus residual; rounded once, to y's type."""
     z = _normalised(y, bn)
     z = F.relu6(z) if relu6 else z
-    return (z if residual is None else z + residual).to(y.dtype)
+    return channels_last((z if residual is None else z + residual).to(y.dtype))
 
 
 def bn_relu6_pool(y: Tensor, bn: Tensor) -> Tensor:
