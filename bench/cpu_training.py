@@ -239,8 +239,8 @@ def profile(case: Case, steps: int = 3) -> list[dict[str, Any]]:
             start = time.process_time()
             results = function(*arguments)
             taken = time.process_time() - start
-            tensors = [a for a in (*arguments, *(results if isinstance(results, tuple) else (results,)))]
-            tensors = [t for t in tensors if isinstance(t, Tensor) and t.dim() == 4]
+            given = (*arguments, *(results if isinstance(results, tuple) else (results,)))
+            tensors = [t for t in given if isinstance(t, Tensor) and t.dim() == 4]
             shapes = " ".join("x".join(map(str, t.shape[1:])) for t in tensors[:4])
             entry = rows.setdefault(f"{name} {shapes}", {"calls": 0, "ms": 0.0, "flops": 0, "bytes": 0})
             entry["calls"] += 1

@@ -1,5 +1,6 @@
-// The stages of the CPU backend as operators, namespace mbv2: tensors checked, results allocated, threads lent. They have
-// no derivatives: kernels/cpu/stages.py calls them inside the operators that do. Results nobody asked for are empty.
+// The stages of the CPU backend as operators, namespace mbv2: tensors checked, results allocated, threads lent. They
+// have no derivatives: kernels/cpu/stages.py calls them inside the operators that do. Results nobody asked for are
+// empty.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -200,10 +201,9 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_backward(const Tensor& dz2, const T
     const Tensor sums = bn1.has_value() ? new_vectors(y1, {1, 2, p.channels}) : nothing(y1);
     with_type(y1, [&]<class T>(T) {
         const Weight<T> into = need_weight ? weight_of<T>(dweight) : Weight<T>{};
-        cpu::train::depthwise_backward<T>(machine(), data<T>(dz2_in), data<T>(y2_in), data<float>(coef),
-                                          data<T>(y1_in), data<float>(norm), p, weight_of<const T>(weight),
-                                          data<T>(dz1), bn1.has_value() ? data<float>(sums) : nullptr,
-                                          need_weight ? &into : nullptr);
+        cpu::train::depthwise_backward<T>(machine(), data<T>(dz2_in), data<T>(y2_in), data<float>(coef), data<T>(y1_in),
+                                          data<float>(norm), p, weight_of<const T>(weight), data<T>(dz1),
+                                          bn1.has_value() ? data<float>(sums) : nullptr, need_weight ? &into : nullptr);
     });
     return {dz1, sums, dweight};
 }
@@ -237,8 +237,8 @@ Tensor stem_weight_backward(const Tensor& grad, const Tensor& y, const Tensor& b
     const Tensor y_in = dense(y, weight), grad_in = dense_like(grad, y), x_in = dense(x, weight);
     const Tensor norm = vectors(bn, 6, y.size(1)), affine = vectors(coef, 3, y.size(1)), dweight = new_weight(weight);
     with_type(x, [&]<class T>(T) {
-        cpu::train::stem_backward<T>(machine(), data<T>(grad_in), data<T>(y_in), data<float>(norm),
-                                     data<float>(affine), data<T>(x_in), p, weight_of<T>(dweight));
+        cpu::train::stem_backward<T>(machine(), data<T>(grad_in), data<T>(y_in), data<float>(norm), data<float>(affine),
+                                     data<T>(x_in), p, weight_of<T>(dweight));
     });
     return dweight;
 }

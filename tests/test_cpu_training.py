@@ -1,4 +1,4 @@
-"""Training through the CPU backend: blocks and the network against plain torch, compiled, distributed, over many steps."""
+"""Training through the CPU backend: blocks and the network against plain torch, compiled, over many steps."""
 
 import copy
 import platform

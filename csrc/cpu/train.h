@@ -2,7 +2,8 @@
 //
 // Activations are dense rows of C channels (NHWC memory) of type T; arithmetic is float. A task works on a range of
 // rows or of picture rows and leaves its own part of statistics and of weight gradients, so that how the work is cut,
-// and with it every bit of the result, depends on the shape alone. Vectors of channels (bn, coef, moments, sums) are padded to `padded(C)` floats; rows of bn, coef and so on are as in kernels/layout.py.
+// and with it every bit of the result, depends on the shape alone. Vectors of channels (bn, coef, moments, sums) are
+// padded to `padded(C)` floats; rows of bn, coef and so on are as in kernels/layout.py.
 //
 // Weights of 1x1 convolutions are panels of 2 vectors (the last one 3 if their number is odd, 1 if it is the only
 // one) along one of their sides: [panel][length of the other side][vectors * lanes], as `pack` writes them. Gradients

@@ -39,9 +39,7 @@ struct Avx2 {
     static Type load_part(const float* p, int64_t n) { return _mm256_maskload_ps(p, mask(n)); }
     static void store_part(float* p, Type x, int64_t n) { _mm256_maskstore_ps(p, mask(n), x); }
 
-    static Type widened(__m128i x) {
-        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
-    }
+    static Type widened(__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
     // To the nearest bfloat16, ties to even, in the upper halves; a NaN stays one.
     static __m256i rounded(Type x) {
         const __m256i bits = _mm256_castps_si256(x);

@@ -89,14 +89,13 @@ void depthwise_folded(const Machine& machine, const T* x, const Pictures& p, con
                       const float* bias, T* y) {
     float* taps = memory.weights.get(prepared_taps(machine, p.channels));
     const float* shift = prepare_taps(machine, weight, bias, taps);
-    const DepthwiseForward<T> conv = {x,        nullptr, taps,     y,              shift,        p.channels,
-                                      p.height, p.width, p.stride, p.out_height(), p.out_width(), false};
+    const DepthwiseForward<T> conv = {
+        x, nullptr, taps, y, shift, p.channels, p.height, p.width, p.stride, p.out_height(), p.out_width(), false};
     const Bands bands = {conv.out_height, std::max<int64_t>(8, ceil_div(conv.out_height, 4))};
-    run_tasks(machine, p.batch * bands.per_picture(), depthwise_scratch(p.channels, p.width),
-              [&](int64_t i, float* scratch) {
-                  tasks<T>(machine.kernels)
-                      .depthwise(conv, bands.picture(i), bands.begin(i), bands.end(i), nullptr, scratch);
-              });
+    run_tasks(
+        machine, p.batch * bands.per_picture(), depthwise_scratch(p.channels, p.width), [&](int64_t i, float* scratch) {
+            tasks<T>(machine.kernels).depthwise(conv, bands.picture(i), bands.begin(i), bands.end(i), nullptr, scratch);
+        });
 }
 
 template <class T>
@@ -105,7 +104,8 @@ void block_folded(const Machine& machine, const T* x, const Pictures& p, const W
                   const Weight<const T>& project, const float* bias3, bool residual, T* y) {
     const int64_t hidden = depthwise.outputs, outputs = project.outputs;
     const int64_t out_height = p.out_height(), out_width = p.out_width();
-    float* at = memory.weights.get(prepared_taps(machine, hidden) + (expand == nullptr ? 0 : prepared_floats(machine, *expand)) +
+    float* at = memory.weights.get(prepared_taps(machine, hidden) +
+                                   (expand == nullptr ? 0 : prepared_floats(machine, *expand)) +
                                    prepared_floats(machine, project));
     float* taps = at;
     const float* shift = prepare_taps(machine, depthwise, bias2, taps);
@@ -118,8 +118,8 @@ void block_folded(const Machine& machine, const T* x, const Pictures& p, const W
     const Bands bands = {out_height, ceil_div(out_height, ceil_div(out_height, each))};
     const int64_t rows = std::min(p.height, (bands.each - 1) * p.stride + 3);
     // Scratch of the tasks first, then hidden rows before and after the depthwise convolution.
-    const int64_t own = std::max({forward_scratch(p.channels), forward_scratch(hidden),
-                                  depthwise_scratch(hidden, p.width)});
+    const int64_t own =
+        std::max({forward_scratch(p.channels), forward_scratch(hidden), depthwise_scratch(hidden, p.width)});
     const int64_t before = padded(rows * p.width * hidden), after = padded(bands.each * out_width * hidden);
     run_tasks(machine, p.batch * bands.per_picture(), own + before + after, [&](int64_t i, float* scratch) {
         const Tasks<T>& run = tasks<T>(machine.kernels);
@@ -138,7 +138,7 @@ void block_folded(const Machine& machine, const T* x, const Pictures& p, const W
             from = made;
         }
         T* middle = reinterpret_cast<T*>(scratch + own + before) - begin * out_width * hidden;
-        const DepthwiseForward<T> conv = {from,     nullptr, taps,     middle,     shift,        hidden,
+        const DepthwiseForward<T> conv = {from,     nullptr, taps,     middle,     shift,     hidden,
                                           p.height, p.width, p.stride, out_height, out_width, false};
         run.depthwise(conv, 0, begin, end, nullptr, scratch);
         Folded<T> final = last;

@@ -65,8 +65,8 @@ void backward(const Machine& machine, PointwiseBackward<T> conv, const float* co
     if (dweight == nullptr) return;
     const Parts parts = weight_parts(rows, size);
     const int64_t floats = panels_floats(*dweight, Along::inputs, lanes);
-    const int64_t share = conv.weights != nullptr ? conv.outputs
-                                                  : std::max<int64_t>(1, kResident / conv.inputs / kChunk) * kChunk;
+    const int64_t share =
+        conv.weights != nullptr ? conv.outputs : std::max<int64_t>(1, kResident / conv.inputs / kChunk) * kChunk;
     const int64_t shares = ceil_div(conv.outputs, share);
     float* all = memory.parts.get(parts.count * floats);
     run_tasks(machine, parts.count * shares, scratch_floats, [&](int64_t i, float* scratch) {
@@ -114,8 +114,8 @@ void project_backward(const Machine& machine, const T* grad, const T* y3, const 
         pack(machine, weight, Along::inputs, into);
         packed = into;
     }
-    const ProjectBackward<T> conv = {grad, y3, constants, packed, y2, wide_bn,
-                                     dz2,  hidden, outputs, beyond_caches<T>(rows * hidden)};
+    const ProjectBackward<T> conv = {grad,    y3,  constants, packed,  y2,
+                                     wide_bn, dz2, hidden,    outputs, beyond_caches<T>(rows * hidden)};
     const Parts parts = dweight == nullptr ? parts_of(rows) : weight_parts(rows, hidden * outputs);
     const int64_t share = std::max<int64_t>(1, kResident / (2 * lanes * outputs));
     const int64_t shares = ceil_div(panels(vectors), share);
@@ -125,9 +125,8 @@ void project_backward(const Machine& machine, const T* grad, const T* y3, const 
     run_tasks(machine, parts.count * shares, project_backward_scratch(outputs), [&](int64_t i, float* scratch) {
         const int64_t part = i / shares, begin = i % shares * share;
         tasks<T>(machine.kernels)
-            .project_backward(conv, parts.begin(part), parts.end(part), begin,
-                              std::min(begin + share, panels(vectors)), all_sums + part * 2 * wide,
-                              dweight == nullptr ? nullptr : all + part * floats, scratch);
+            .project_backward(conv, parts.begin(part), parts.end(part), begin, std::min(begin + share, panels(vectors)),
+                              all_sums + part * 2 * wide, dweight == nullptr ? nullptr : all + part * floats, scratch);
     });
     if (dz2 != nullptr) add_parts(machine, all_sums, parts.count, 2, hidden, sums);
     if (dweight != nullptr) unpack(machine, all, parts.count, floats, Along::inputs, *dweight);
@@ -162,14 +161,14 @@ void stem_backward(const Machine& machine, const T* grad, const T* y, const floa
     backward<T>(machine, conv, coef, bn, nullptr, rows, &dweight);
 }
 
-#define MBV2_INSTANTIATE(T)                                                                                         \
-    template void pointwise(const Machine&, const T*, const float*, const Weight<const T>&, int64_t, T*, float*);   \
-    template void stem(const Machine&, const T*, const Pictures&, const Weight<const T>&, T*, float*);              \
-    template void project_backward(const Machine&, const T*, const T*, const float*, const Weight<const T>&,        \
-                                   const T*, const float*, int64_t, T*, float*, const Weight<T>*);                  \
-    template void expand_backward(const Machine&, const T*, const T*, const float*, const Weight<const T>&,         \
-                                  const T*, const T*, int64_t, T*, const Weight<T>*);                               \
-    template void stem_backward(const Machine&, const T*, const T*, const float*, const float*, const T*,           \
+#define MBV2_INSTANTIATE(T)                                                                                            \
+    template void pointwise(const Machine&, const T*, const float*, const Weight<const T>&, int64_t, T*, float*);      \
+    template void stem(const Machine&, const T*, const Pictures&, const Weight<const T>&, T*, float*);                 \
+    template void project_backward(const Machine&, const T*, const T*, const float*, const Weight<const T>&, const T*, \
+                                   const float*, int64_t, T*, float*, const Weight<T>*);                               \
+    template void expand_backward(const Machine&, const T*, const T*, const float*, const Weight<const T>&, const T*,  \
+                                  const T*, int64_t, T*, const Weight<T>*);                                            \
+    template void stem_backward(const Machine&, const T*, const T*, const float*, const float*, const T*,              \
                                 const Pictures&, const Weight<T>&);
 MBV2_INSTANTIATE(float)
 MBV2_INSTANTIATE(bf16)

@@ -121,8 +121,8 @@ void project_backward(const ProjectBackward<T>& conv, int64_t first, int64_t las
     const int64_t stride = tile_stride(outputs);
     float *tile = scratch, *panel = tile + kRows * stride, *activation = panel + kRows * kPanel;
     const bool input = conv.weights != nullptr, weight = dweight != nullptr;
-    const bool stream = conv.stream && input && hidden * sizeof(T) % 64 == 0 &&
-                        reinterpret_cast<uintptr_t>(conv.dz2) % 64 == 0;
+    const bool stream =
+        conv.stream && input && hidden * sizeof(T) % 64 == 0 && reinterpret_cast<uintptr_t>(conv.dz2) % 64 == 0;
     const auto mask = !input    ? mask_columns<V, T, false, true, false>
                       : !weight ? mask_columns<V, T, true, false, false>
                       : stream  ? mask_columns<V, T, true, true, true>
@@ -138,8 +138,8 @@ void project_backward(const ProjectBackward<T>& conv, int64_t first, int64_t las
             }
             for (int64_t v = 0; v < count; v += 2) {
                 const int64_t at = v * V::lanes, pair = count - v == 1 ? 1 : 2;
-                const auto run = stream && hidden - column - at < 2 * V::lanes ? mask_columns<V, T, true, true, false>
-                                                                               : mask;
+                const auto run =
+                    stream && hidden - column - at < 2 * V::lanes ? mask_columns<V, T, true, true, false> : mask;
                 run(conv, row, rows, column + at, pair, panel + at, activation + at, width, sums, row > first,
                     row + 2 * kRows <= last);
             }

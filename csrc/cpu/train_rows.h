@@ -139,8 +139,8 @@ struct Column {
 };
 
 template <class V, class T, bool Stream, int Vectors>
-void emit_columns(const float* panel, int64_t width, int64_t rows, int64_t channels, int64_t left, T* y,
-                  float* moments, int64_t wide, int64_t before) {
+void emit_columns(const float* panel, int64_t width, int64_t rows, int64_t channels, int64_t left, T* y, float* moments,
+                  int64_t wide, int64_t before) {
     if constexpr (Vectors == 1) {
         Column<V, T> one(panel, y, left, moments, wide, before);
         for (int64_t r = 0; r < rows; ++r) one.template take<Stream>(r * width, r * channels);

@@ -50,8 +50,17 @@ void depthwise(const Machine& machine, const T* x, const float* bn, const Pictur
         wide_bn = memory.vectors.get(6 * wide);
         pad(bn, 6, p.channels, wide_bn);
     }
-    const DepthwiseForward<T> conv = {x,       wide_bn, taps,     y,              nullptr,      p.channels,
-                                      p.height, p.width, p.stride, p.out_height(), p.out_width(),
+    const DepthwiseForward<T> conv = {x,
+                                      wide_bn,
+                                      taps,
+                                      y,
+                                      nullptr,
+                                      p.channels,
+                                      p.height,
+                                      p.width,
+                                      p.stride,
+                                      p.out_height(),
+                                      p.out_width(),
                                       beyond_caches<T>(p.batch * p.channels * p.out_height() * p.out_width())};
     const Bands bands(p.batch, conv.out_height, 1);
     float* all = memory.parts.get(bands.count() * 3 * wide);
@@ -72,9 +81,13 @@ void depthwise_backward(const Machine& machine, const T* dz2, const T* y2, const
     float *coef = memory.vectors.get(9 * wide), *wide_bn = bn1 == nullptr ? nullptr : coef + 3 * wide;
     pad(coef2, 3, p.channels, coef);
     if (bn1 != nullptr) pad(bn1, 6, p.channels, wide_bn);
-    const DepthwiseBackward<T> conv = {dz2,      y2,      coef,     y1,             wide_bn,      taps, dz1, p.channels,
-                                       p.height, p.width, p.stride, p.out_height(), p.out_width(),
-                                       beyond_caches<T>(p.batch * p.channels * p.height * p.width)};
+    const DepthwiseBackward<T> conv = {dz2,           y2,
+                                       coef,          y1,
+                                       wide_bn,       taps,
+                                       dz1,           p.channels,
+                                       p.height,      p.width,
+                                       p.stride,      p.out_height(),
+                                       p.out_width(), beyond_caches<T>(p.batch * p.channels * p.height * p.width)};
     const Bands bands(p.batch, p.height, 2);
     // Of each part the sums, then the weight's gradient.
     float* all = memory.parts.get(bands.count() * 11 * wide);
@@ -97,8 +110,7 @@ void bn_apply(const Machine& machine, const T* y, const float* bn, const T* resi
     pad(bn, 6, channels, wide_bn);
     const Parts parts = parts_of(rows);
     run_tasks(machine, parts.count, 0, [&](int64_t i, float*) {
-        tasks<T>(machine.kernels)
-            .bn_apply(y, wide_bn, residual, relu6, channels, parts.begin(i), parts.end(i), out);
+        tasks<T>(machine.kernels).bn_apply(y, wide_bn, residual, relu6, channels, parts.begin(i), parts.end(i), out);
     });
 }
 
@@ -143,15 +155,15 @@ void pool_backward(const Machine& machine, const T* grad, const T* y, const floa
     add_parts(machine, all, batch, 2, channels, sums);
 }
 
-#define MBV2_INSTANTIATE(T)                                                                                          \
-    template void depthwise(const Machine&, const T*, const float*, const Pictures&, const Weight<const T>&, T*,     \
-                            float*);                                                                                 \
-    template void depthwise_backward(const Machine&, const T*, const T*, const float*, const T*, const float*,       \
-                                     const Pictures&, const Weight<const T>&, T*, float*, const Weight<T>*);         \
-    template void bn_apply(const Machine&, const T*, const float*, const T*, bool, int64_t, int64_t, T*);            \
-    template void bn_sums(const Machine&, const T*, const T*, const float*, bool, int64_t, int64_t, float*);         \
-    template void pool(const Machine&, const T*, const float*, int64_t, int64_t, int64_t, T*);                       \
-    template void pool_backward(const Machine&, const T*, const T*, const float*, int64_t, int64_t, int64_t, T*,     \
+#define MBV2_INSTANTIATE(T)                                                                                      \
+    template void depthwise(const Machine&, const T*, const float*, const Pictures&, const Weight<const T>&, T*, \
+                            float*);                                                                             \
+    template void depthwise_backward(const Machine&, const T*, const T*, const float*, const T*, const float*,   \
+                                     const Pictures&, const Weight<const T>&, T*, float*, const Weight<T>*);     \
+    template void bn_apply(const Machine&, const T*, const float*, const T*, bool, int64_t, int64_t, T*);        \
+    template void bn_sums(const Machine&, const T*, const T*, const float*, bool, int64_t, int64_t, float*);     \
+    template void pool(const Machine&, const T*, const float*, int64_t, int64_t, int64_t, T*);                   \
+    template void pool_backward(const Machine&, const T*, const T*, const float*, int64_t, int64_t, int64_t, T*, \
                                 float*);
 MBV2_INSTANTIATE(float)
 MBV2_INSTANTIATE(bf16)

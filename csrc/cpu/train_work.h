@@ -48,19 +48,16 @@ void run_tasks(const Machine& machine, int64_t count, int64_t floats, const Body
     };
     if (machine.threads.count == 1 || count == 1) return range(0, count);
     using Range = decltype(range);
-    machine.threads.run(count, const_cast<void*>(static_cast<const void*>(&range)),
-                        [](void* context, int64_t begin, int64_t end) {
-                            (*static_cast<const Range*>(context))(begin, end);
-                        });
+    machine.threads.run(
+        count, const_cast<void*>(static_cast<const void*>(&range)),
+        [](void* context, int64_t begin, int64_t end) { (*static_cast<const Range*>(context))(begin, end); });
 }
 
 // `count` parts of [0, rows), each a whole number of tiles but the last.
 struct Parts {
     int64_t rows, count;
 
-    int64_t begin(int64_t part) const {
-        return std::min(rows, part * ceil_div(rows, kRows) / count * kRows);
-    }
+    int64_t begin(int64_t part) const { return std::min(rows, part * ceil_div(rows, kRows) / count * kRows); }
     int64_t end(int64_t part) const { return begin(part + 1); }
 };
 
@@ -132,9 +129,8 @@ void pack(const Machine& machine, const Weight<const T>& weight, Along along, fl
     const int64_t lanes = machine.kernels.lanes;
     const int64_t across = along == Along::outputs ? weight.outputs : weight.length();
     run_tasks(machine, cpu::panels(ceil_div(across, lanes)), 0, [&](int64_t p, float*) {
-        walk_panel(weight, along, lanes, p, [&](int64_t at, const T* from) {
-            panels[at] = from == nullptr ? 0.0f : as_float(*from);
-        });
+        walk_panel(weight, along, lanes, p,
+                   [&](int64_t at, const T* from) { panels[at] = from == nullptr ? 0.0f : as_float(*from); });
     });
 }
 
@@ -145,7 +141,8 @@ template <class T>
 void pack_taps(const Weight<const T>& weight, int64_t lanes, float* taps) {
     std::fill(taps, taps + taps_floats(weight.outputs, lanes), 0.0f);
     for (int64_t c = 0; c < weight.outputs; ++c) {
-        for (int64_t t = 0; t < 9; ++t) taps[c / lanes * 9 * lanes + t * lanes + c % lanes] = as_float(*weight.at(c, t));
+        for (int64_t t = 0; t < 9; ++t)
+            taps[c / lanes * 9 * lanes + t * lanes + c % lanes] = as_float(*weight.at(c, t));
     }
 }
 
@@ -158,8 +155,7 @@ void unpack_taps(const float* taps, int64_t lanes, const Weight<T>& weight) {
 
 // The sum, in order, of `count` parts of `floats` each -> weight; the first part is overwritten.
 template <class T>
-void unpack(const Machine& machine, float* parts, int64_t count, int64_t floats, Along along,
-            const Weight<T>& weight) {
+void unpack(const Machine& machine, float* parts, int64_t count, int64_t floats, Along along, const Weight<T>& weight) {
     const int64_t lanes = machine.kernels.lanes;
     const int64_t across = along == Along::outputs ? weight.outputs : weight.length();
     const int64_t length = along == Along::outputs ? weight.length() : weight.outputs;
@@ -175,8 +171,7 @@ void unpack(const Machine& machine, float* parts, int64_t count, int64_t floats,
 }
 
 // Parts [count][rows][padded(channels)] added up in order -> [rows][channels].
-inline void add_parts(const Machine& machine, float* parts, int64_t count, int64_t rows, int64_t channels,
-                      float* out) {
+inline void add_parts(const Machine& machine, float* parts, int64_t count, int64_t rows, int64_t channels, float* out) {
     const int64_t floats = rows * padded(channels);
     for (int64_t part = 1; part < count; ++part) machine.kernels.add(parts + part * floats, floats, parts);
     for (int64_t r = 0; r < rows; ++r) {

@@ -1,4 +1,4 @@
-"""The stage functions of the CPU backend, named as their plain-torch twins in `kernels/aten.py`, which say what they do.
+"""The stage functions of the CPU backend, named as their plain-torch twins in `kernels/aten.py`.
 
 Each is one call into `mbv2._C` (csrc/ops_cpu_training.cpp); moments and sums come back as one part, already merged in
 a fixed order. In plain torch are only the picture's gradient, which training does not want, and `bn_constant`.
@@ -74,9 +74,7 @@ def project_backward(
     need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See `aten.project_backward`."""
-    dz2, sums, dweight = _ops.cpu_stage_project_backward(
-        grad, y3, coef3, weight, y2, bn2, need_input, need_weight
-    )
+    dz2, sums, dweight = _ops.cpu_stage_project_backward(grad, y3, coef3, weight, y2, bn2, need_input, need_weight)
     return dz2 if need_input else None, sums if need_input else None, dweight if need_weight else None
 
 
@@ -111,9 +109,7 @@ def expand_backward(
     need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """See `aten.expand_backward`."""
-    dx, dweight = _ops.cpu_stage_expand_backward(
-        dz1, y1, coef1, weight, x, residual_grad, need_input, need_weight
-    )
+    dx, dweight = _ops.cpu_stage_expand_backward(dz1, y1, coef1, weight, x, residual_grad, need_input, need_weight)
     return dx if need_input else None, dweight if need_weight else None
 
 
