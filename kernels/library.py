@@ -143,7 +143,9 @@ def _save_block(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.types = [None if gamma is None else gamma.dtype for gamma in (gamma1, gamma2, gamma3)]
 
 
-def _block_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _block_gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * len(ctx.needs_input_grad)
     x, w1, gamma1, beta1, wd, gamma2, beta2, w3, gamma3, beta3 = (ctx.needs_input_grad[i] for i in _BLOCK_PARAMETERS)
     need = [x, w1, gamma1 or beta1, wd, gamma2 or beta2, w3, gamma3 or beta3]
     given = inverted_residual_train_backward(grad, *ctx.saved_tensors, *ctx.settings, need)
@@ -220,7 +222,7 @@ def _save_stem(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     ctx.type = None if gamma is None else gamma.dtype
 
 
-def _stem_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _stem_gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     return *_conv_gradients(stem_train_backward, ctx, grad), None, None, None, None, None
 
 
@@ -279,15 +281,17 @@ def _save_head(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     ctx.type = None if gamma is None else gamma.dtype
 
 
-def _head_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _head_gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     return *_conv_gradients(head_train_backward, ctx, grad), None, None, None, None
 
 
 head_train.register_autograd(_head_gradients, setup_context=_save_head)
 
 
-def _conv_gradients(operator: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _conv_gradients(operator: Any, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, gamma, beta, the first four arguments of stem and head."""
+    if grad is None:
+        return None, None, None, None
     x, weight, gamma, beta = ctx.needs_input_grad[:4]
     need = [x, weight, gamma or beta]
     given = operator(grad, *ctx.saved_tensors, *ctx.settings, need)

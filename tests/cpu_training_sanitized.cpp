@@ -95,8 +95,7 @@ std::vector<float> everything(const Machine& m, const Shape& s) {
                            need & 1 ? d.data() : nullptr, need & 2 ? &to1 : nullptr);
         keep(b, sums, dw3, d, dw1);
     }
-    stem_backward<T>(m, y2.data(), b.data(), bn.data(), bn.data(), x.data(), in,
-                     gradient(dws, s.hidden, s.inputs, 9));
+    stem_backward<T>(m, y2.data(), b.data(), bn.data(), bn.data(), x.data(), in, gradient(dws, s.hidden, s.inputs, 9));
     keep(dws);
     bn_apply<T>(m, y3.data(), bn3.data(), c.data(), false, after, s.outputs, c.data());
     bn_sums<T>(m, y2.data(), b.data(), bn.data(), true, after, s.hidden, sums.data());
@@ -137,7 +136,7 @@ bool agree(const Kernels& kernels, const Shape& shape) {
 }  // namespace
 
 int main() {
-    const Shape shapes[] = {{2, 16, 96, 24, 15, 14, 2}, {3, 5, 19, 7, 9, 13, 2}, {1, 8, 8, 8, 1, 1, 1},
+    const Shape shapes[] = {{2, 16, 96, 24, 15, 14, 2}, {3, 5, 19, 7, 9, 13, 2},   {1, 8, 8, 8, 1, 1, 1},
                             {2, 24, 40, 24, 12, 10, 1}, {1, 72, 520, 72, 7, 9, 1}, {3, 3, 33, 17, 1, 20, 1}};
     int runs = 0;
     for (const char* name : {"avx512", "avx2", "portable"}) {
