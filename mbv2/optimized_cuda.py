@@ -100,7 +100,9 @@ def check(model: MobileNetV2) -> None:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     devices = {tensor.device for _, tensor in tensors}
     if len(devices) > 1:
-        raise ValueError(f"the model is spread over {', '.join(sorted(map(str, devices)))}; move it to one device first")
+        raise ValueError(
+            f"the model is spread over {', '.join(sorted(map(str, devices)))}; move it to one device first"
+        )
     dtypes = {name: weight.dtype for name, weight in model.named_parameters() if weight.dim() > 1}
     if len(set(dtypes.values())) > 1 or next(iter(dtypes.values())) not in DTYPES:
         raise ValueError(

@@ -8,11 +8,12 @@
 //   project    sums += a2 W3^T in registers
 //
 // expand of the next chunk and project of this one share a barrier, so there are two barriers a chunk. Weights arrive
-// by cp.async one chunk ahead, or during the depthwise phase where shared memory holds them once only. All three products are tensor-core instructions, the depthwise one too: a tap is a
-// diagonal 8x8 matrix, and two taps of 8 channels make the 16 terms of one m16n8k16. That wastes seven eighths of the
-// multiplications and needs a quarter of the instructions of multiply-adds in registers, and it is the rate of
-// instructions that bounds the kernel. Columns are walked down `walk` outputs at a time, so that a row of a1 is loaded
-// once for the three rows of outputs it is part of. float32 walks the same way with multiply-adds.
+// by cp.async one chunk ahead, or during the depthwise phase where shared memory holds them once only. All three
+// products are tensor-core instructions, the depthwise one too: a tap is a diagonal 8x8 matrix, and two taps of 8
+// channels make the 16 terms of one m16n8k16. That wastes seven eighths of the multiplications and needs a quarter of
+// the instructions of multiply-adds in registers, and it is the rate of instructions that bounds the kernel. Columns
+// are walked down `walk` outputs at a time, so that a row of a1 is loaded once for the three rows of outputs it is part
+// of. float32 walks the same way with multiply-adds.
 //
 // Rows of 16 in a2 and in the sums are "units", columns of `walk` outputs of the tile: any 16 of them may be together,
 // whatever the tile's width, as ldmatrix takes an address for each row.
@@ -44,8 +45,8 @@ struct Traits {
     using Scalar = typename Tensor::Scalar;
     static constexpr TileShape kShape = kTileShapes[kIndex];
     static constexpr int kBytes = sizeof(Scalar);
-    static constexpr int kVector = 16 / kBytes;       // channels of 16 bytes
-    static constexpr int kStep = 2 * kVector;         // channels of one step of a product
+    static constexpr int kVector = 16 / kBytes;  // channels of 16 bytes
+    static constexpr int kStep = 2 * kVector;    // channels of one step of a product
     static constexpr int kChunk = kShape.chunk_bytes / kBytes;
     static constexpr int kPitch = kShape.chunk_bytes + 16;  // an odd number of 16 bytes: no bank conflicts of ldmatrix
     static constexpr int kThreads = kShape.threads();
@@ -99,7 +100,7 @@ class Block {
     using Scalar = typename Tr::Scalar;
     static constexpr TileShape kShape = Tr::kShape;
 
-  public:
+ public:
     __device__ __forceinline__ Block(const FusedParams& params, unsigned char* memory)
         : p(params),
           smem(memory),
@@ -146,18 +147,14 @@ class Block {
         }
     }
 
-  private:
+ private:
     // --- set-up ------------------------------------------------------------------------------------------------
 
     // Read from shared memory where it is needed, the tile takes no registers of the main loop.
     __device__ __forceinline__ Tile& shared_tile() const { return *reinterpret_cast<Tile*>(smem + p.at_tables); }
     __device__ __forceinline__ int positions() const { return shared_tile().positions; }
-    __device__ __forceinline__ Unit* units() const {
-        return reinterpret_cast<Unit*>(smem + p.at_tables + kTileBytes);
-    }
-    __device__ __forceinline__ Place* places() const {
-        return reinterpret_cast<Place*>(units() + Tr::kUnits);
-    }
+    __device__ __forceinline__ Unit* units() const { return reinterpret_cast<Unit*>(smem + p.at_tables + kTileBytes); }
+    __device__ __forceinline__ Place* places() const { return reinterpret_cast<Place*>(units() + Tr::kUnits); }
     __device__ __forceinline__ int walks() const { return (p.tile_height + Tr::kWalk - 1) / Tr::kWalk; }
     __device__ __forceinline__ int groups() const { return (p.tile_images * walks() * p.tile_width + 15) / 16; }
 
@@ -260,7 +257,8 @@ class Block {
         for (int i = thread; i < Tr::kChunk * vectors; i += Tr::kThreads) {
             const int row = quotient(i, p.x_vectors), channel = (i - row * vectors) * Tr::kVector;
             const bool wanted = first_channel + row < p.hidden && channel < p.inputs;
-            copy_async(to + row * p.x_pitch + channel * Tr::kBytes, wanted ? w1 + row * p.inputs + channel : w1, wanted);
+            copy_async(to + row * p.x_pitch + channel * Tr::kBytes, wanted ? w1 + row * p.inputs + channel : w1,
+                       wanted);
         }
     }
 
@@ -382,51 +380,60 @@ class Block {
             bias[q][0] = bias[q][2] = both.x;
             bias[q][1] = bias[q][3] = both.y;
         }
-        uint32_t from = at + p.at_a1 + units()[group * 16 + lane % 16].a1 + step * 32 + lane / 16 * 16;
+        const uint32_t from = at + p.at_a1 + units()[group * 16 + lane % 16].a1 + step * 32;
+        typename Row::Source source = {from + lane / 16 * Tr::kPitch, from + 2 * Tr::kPitch + lane / 16 * 16};
         const uint32_t down = shared_tile().a1_columns * Tr::kPitch;
-        unsigned char* to = smem + p.at_a2 + (group * Tr::kWalk * 16 + lane / 4) * Tr::kPitch + step * 32 + lane % 4 * 4;
-        uint32_t upper[3][4], middle[3][4], lower[3][4];
-        load_row(upper, from), from += down;
-        if (kStride == 1) load_row(middle, from), from += down;
+        unsigned char* to =
+            smem + p.at_a2 + (group * Tr::kWalk * 16 + lane / 4) * Tr::kPitch + step * 32 + lane % 4 * 4;
+        Row upper, middle, lower;
+        upper.load(source, down);
+        if (kStride == 1) middle.load(source, down);
 #pragma unroll
         for (int out = 0; out < Tr::kWalk; ++out, to += 16 * Tr::kPitch) {
-            if (kStride == 2) load_row(middle, from), from += down;
+            if (kStride == 2) middle.load(source, down);
             float d[2][4];
             // The upper row is done with before the lower one is loaded, which saves its registers.
 #pragma unroll
             for (int q = 0; q < 2; ++q) {
-                const int low = 2 * q, high = 2 * q + 1;
-                Tensor::multiply(d[q], upper[0][low], upper[0][high], upper[1][low], upper[1][high], taps[q][0],
-                                 taps[q][1], bias[q]);
-                Tensor::multiply(d[q], upper[2][low], upper[2][high], middle[2][low], middle[2][high], taps[q][2],
-                                 taps[q][5], d[q]);
+                upper.template add<0>(d[q], q, taps[q], bias[q]);
+                middle.template add<3>(d[q], q, taps[q], d[q]);
             }
-            load_row(lower, from), from += down;
+            lower.load(source, down);
 #pragma unroll
             for (int q = 0; q < 2; ++q) {
-                const int low = 2 * q, high = 2 * q + 1;
-                Tensor::multiply(d[q], middle[0][low], middle[0][high], middle[1][low], middle[1][high], taps[q][3],
-                                 taps[q][4], d[q]);
-                Tensor::multiply(d[q], lower[0][low], lower[0][high], lower[1][low], lower[1][high], taps[q][6],
-                                 taps[q][7], d[q]);
-                Tensor::multiply_half(d[q], lower[2][low], lower[2][high], taps[q][8]);
+                lower.template add<6>(d[q], q, taps[q], d[q]);
                 store_relu6<Tensor>(to + q * 16, d[q][0], d[q][1]);
                 store_relu6<Tensor>(to + q * 16 + 8 * Tr::kPitch, d[q][2], d[q][3]);
             }
-            if (kStride == 1) copy_row(upper, middle), copy_row(middle, lower);
-            if (kStride == 2) copy_row(upper, lower);
+            upper = kStride == 1 ? middle : lower;
+            if (kStride == 1) middle = lower;
         }
     }
 
-    static __device__ __forceinline__ void copy_row(uint32_t (&to)[3][4], const uint32_t (&from)[3][4]) {
-#pragma unroll
-        for (int i = 0; i < 12; ++i) to[i / 4][i % 4] = from[i / 4][i % 4];
-    }
+    // A row of a1 under three neighbouring columns of taps, for 16 units and two times 8 channels. What one ldmatrix
+    // loads is one operand, as it must lie in neighbouring registers: the first two columns of 8 channels, and the
+    // third column of all 16.
+    struct Row {
+        struct Source {
+            uint32_t first_two, third;
+        };
+        uint32_t first_two[2][4], third[4];
 
-    static __device__ __forceinline__ void load_row(uint32_t (&row)[3][4], uint32_t from) {
-#pragma unroll
-        for (int column = 0; column < 3; ++column) load_matrices(row[column], from + column * Tr::kPitch);
-    }
+        __device__ __forceinline__ void load(Source& from, uint32_t down) {
+            load_matrices(first_two[0], from.first_two);
+            load_matrices(first_two[1], from.first_two + 16);
+            load_matrices(third, from.third);
+            from.first_two += down, from.third += down;
+        }
+        // d = c + this row times taps kTap, kTap + 1 and kTap + 2.
+        template <int kTap>
+        __device__ __forceinline__ void add(float (&d)[4], int q, const uint32_t (&taps)[9],
+                                            const float (&c)[4]) const {
+            const uint32_t (&a)[4] = first_two[q];
+            Tensor::multiply(d, a[0], a[1], a[2], a[3], taps[kTap], taps[kTap + 1], c);
+            Tensor::multiply_half(d, third[2 * q], third[2 * q + 1], taps[kTap + 2]);
+        }
+    };
 
     template <int kStride>
     __device__ __forceinline__ void depthwise_by_multiply_adds(int group, int step, int buffer) {
@@ -477,8 +484,8 @@ class Block {
     __device__ __forceinline__ void project(int first_channel, int buffer,
                                             float (&sums)[kShape.tiles_m][kShape.tiles_n][4]) {
         const uint32_t a2 = at + p.at_a2 + (first_m() * 16 + (lane & 15)) * Tr::kPitch + (lane >> 4) * 16;
-        const uint32_t w3 = at + w3_of(buffer) +
-                            (first_n() * 8 + (lane & 7) + (lane >> 4) * 8) * Tr::kPitch + (lane >> 3 & 1) * 16;
+        const uint32_t w3 =
+            at + w3_of(buffer) + (first_n() * 8 + (lane & 7) + (lane >> 4) * 8) * Tr::kPitch + (lane >> 3 & 1) * 16;
         const int m_tiles = groups() * Tr::kWalk;
 #pragma unroll
         for (int step = 0; step < Tr::kSteps; ++step) {
@@ -505,7 +512,8 @@ class Block {
     // --- results -----------------------------------------------------------------------------------------------
 
     __device__ __forceinline__ int64_t first_output() const {
-        return (static_cast<int64_t>(shared_tile().first_image) * p.out_height + shared_tile().top) * p.out_width + shared_tile().left;
+        return (static_cast<int64_t>(shared_tile().first_image) * p.out_height + shared_tile().top) * p.out_width +
+               shared_tile().left;
     }
     __device__ __forceinline__ Unit unit_of_row(int row) const {
         return units()[row / (16 * Tr::kWalk) * 16 + row % 16];
@@ -513,7 +521,8 @@ class Block {
 
     // Sums of this split's hidden channels; `add_partials` adds them up.
     __device__ __forceinline__ void store_partial(const float (&sums)[kShape.tiles_m][kShape.tiles_n][4]) {
-        float* out = p.partial + (static_cast<int64_t>(shared_tile().split) * p.out_positions + first_output()) * p.outputs;
+        float* out =
+            p.partial + (static_cast<int64_t>(shared_tile().split) * p.out_positions + first_output()) * p.outputs;
         each_row([&](int i, int half, int row, const Unit& unit, int walked) {
             float* to = out + static_cast<int64_t>(unit.out + walked * p.out_width) * p.outputs;
             each_pair([&](int j, int channel) {

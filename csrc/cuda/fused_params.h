@@ -12,11 +12,11 @@ constexpr int element_bytes(Element element) { return element == Element::kFloat
 
 // Compile-time tiles: index, bytes of a chunk of hidden channels, rows a column of outputs is walked down, warps over
 // outputs and over output channels, 16-row and 8-column tensor-core tiles of a warp, blocks an SM should hold.
-#define MBV2_FUSED_TILES(X)     \
-    X(0, 64, 4, 8, 1, 2, 4, 2)  \
-    X(1, 64, 2, 8, 1, 1, 4, 2)  \
-    X(2, 64, 2, 4, 2, 2, 4, 2)  \
-    X(3, 64, 2, 4, 2, 2, 6, 2)  \
+#define MBV2_FUSED_TILES(X)      \
+    X(0, 64, 4, 8, 1, 2, 4, 2)   \
+    X(1, 64, 2, 8, 1, 1, 4, 2)   \
+    X(2, 64, 2, 4, 2, 2, 4, 2)   \
+    X(3, 64, 2, 4, 2, 2, 6, 2)   \
     X(4, 128, 2, 4, 2, 1, 10, 2) \
     X(5, 128, 2, 2, 4, 2, 10, 1) \
     X(6, 64, 2, 2, 4, 2, 14, 1)
@@ -39,6 +39,13 @@ struct TileShape {
 inline constexpr TileShape kTileShapes[] = {MBV2_FUSED_TILES(MBV2_TILE_SHAPE)};
 #undef MBV2_TILE_SHAPE
 inline constexpr int kTiles = sizeof(kTileShapes) / sizeof(kTileShapes[0]);
+
+// Thread blocks an SM has registers for. Where shared memory (100 KB) holds one of the large tiles anyway, it gets them
+// all; `arch` is 80 for compute capability 8.0.
+constexpr int resident_blocks(int tile, int arch) {
+    const bool small = arch == 86 || arch == 89 || arch >= 120;
+    return small && (tile == 0 || tile == 3) ? 1 : kTileShapes[tile].blocks;
+}
 
 // Tables in shared memory: the thread block's tile, its columns of outputs, its input positions.
 inline constexpr int kTileBytes = 64, kUnitBytes = 16, kPlaceBytes = 8;
