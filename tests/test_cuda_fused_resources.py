@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from ptxcpu.nvcc import find_nvcc
+
 from bench import resources_cuda
 from bench.occupancy import ARCHITECTURES
-from ptxcpu.nvcc import find_nvcc
 
 pytest.importorskip("mbv2._C", reason="the planner is not compiled here")
 NVCC = find_nvcc()
