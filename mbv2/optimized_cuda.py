@@ -36,9 +36,11 @@ class OptimizedCudaMobileNetV2(nn.Module):
             names = ("expand", "depthwise", "project")
             stages += [(f"{name}{index}", stage) for name, stage in zip(names, block.stages(), strict=True)]
         for name, stage in stages:
-            weight, bias = (None, None) if stage is None else folded(*stage)
-            self.register_buffer(f"{name}_weight", weight)
-            self.register_buffer(f"{name}_bias", bias)
+            # The first block has no expansion; a buffer of None for it would trip torch.export.
+            if stage is not None:
+                weight, bias = folded(*stage)
+                self.register_buffer(f"{name}_weight", weight)
+                self.register_buffer(f"{name}_bias", bias)
         self.register_buffer("classifier_weight", model.classifier[-1].weight.detach().clone())
         self.register_buffer("classifier_bias", model.classifier[-1].bias.detach().clone())
         self.eval()
@@ -51,7 +53,7 @@ class OptimizedCudaMobileNetV2(nn.Module):
         """
         x = torch.ops.mbv2.stem_folded(x, self.stem_weight, self.stem_bias, self._stem_stride)
         for index, (stride, residual) in enumerate(self._blocks):
-            parts = [getattr(self, f"{name}{index}_{part}") for name in _STAGES for part in ("weight", "bias")]
+            parts = [getattr(self, f"{name}{index}_{part}", None) for name in _STAGES for part in ("weight", "bias")]
             x = torch.ops.mbv2.inverted_residual(x, *parts, stride, residual)
         x = torch.ops.mbv2.head_folded(x, self.head_weight, self.head_bias)
         return F.linear(x, self.classifier_weight, self.classifier_bias)
@@ -100,7 +102,9 @@ def check(model: MobileNetV2) -> None:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     devices = {tensor.device for _, tensor in tensors}
     if len(devices) > 1:
-        raise ValueError(f"the model is spread over {', '.join(sorted(map(str, devices)))}; move it to one device first")
+        raise ValueError(
+            f"the model is spread over {', '.join(sorted(map(str, devices)))}; move it to one device first"
+        )
     dtypes = {name: weight.dtype for name, weight in model.named_parameters() if weight.dim() > 1}
     if len(set(dtypes.values())) > 1 or next(iter(dtypes.values())) not in DTYPES:
         raise ValueError(

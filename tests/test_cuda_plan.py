@@ -29,9 +29,17 @@ def blocks(width: float, size: int, images: int, element: int = 0) -> list[fused
         inputs = hidden if expand is None else expand.weight.shape[1]
         shapes.append(
             fused.Shape(
-                element, images, size, size, inputs, hidden, outputs, block.stride, expand is not None,
+                element,
+                images,
+                size,
+                size,
+                inputs,
+                hidden,
+                outputs,
+                block.stride,
+                expand is not None,
                 block.use_res_connect,
-            )  # fmt: skip
+            )
         )
         size = (size - 1) // block.stride + 1
     return shapes
@@ -139,7 +147,8 @@ def test_the_planner_is_clean_under_sanitizers(tmp_path: Path) -> None:
         #include <cstdio>
         using namespace mbv2::cuda;
         int main() {
-            const Gpu gpus[] = {{80, 108, 163 << 10, 164 << 10}, {89, 128, 99 << 10, 100 << 10}, {120, 1, 99 << 10, 100 << 10}};
+            const Gpu gpus[] = {{80, 108, 163 << 10, 164 << 10}, {89, 128, 99 << 10, 100 << 10},
+                                {120, 1, 99 << 10, 100 << 10}};
             long planned = 0, refused = 0;
             for (const Gpu& gpu : gpus)
                 for (int element = 0; element < 3; ++element)
@@ -148,8 +157,8 @@ def test_the_planner_is_clean_under_sanitizers(tmp_path: Path) -> None:
                             for (int64_t inputs : {8, 24, 160, 1024})
                                 for (int64_t outputs : {8, 96, 448})
                                     for (int64_t stride : {1, 2}) {
-                                        BlockShape shape = {Element(element), images, size, size + 1, inputs, 6 * inputs, outputs,
-                                                            stride, true, false};
+                                        BlockShape shape = {Element(element), images, size, size + 1, inputs,
+                                                            6 * inputs, outputs, stride, true, false};
                                         Plan plan;
                                         (plan_block(shape, gpu, Wish(), &plan) ? planned : refused) += 1;
                                     }

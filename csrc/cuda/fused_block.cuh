@@ -380,52 +380,60 @@ class Block {
             bias[q][0] = bias[q][2] = both.x;
             bias[q][1] = bias[q][3] = both.y;
         }
-        uint32_t from = at + p.at_a1 + units()[group * 16 + lane % 16].a1 + step * 32 + lane / 16 * 16;
+        const uint32_t from = at + p.at_a1 + units()[group * 16 + lane % 16].a1 + step * 32;
+        typename Row::Source source = {from + lane / 16 * Tr::kPitch, from + 2 * Tr::kPitch + lane / 16 * 16};
         const uint32_t down = shared_tile().a1_columns * Tr::kPitch;
         unsigned char* to =
             smem + p.at_a2 + (group * Tr::kWalk * 16 + lane / 4) * Tr::kPitch + step * 32 + lane % 4 * 4;
-        uint32_t upper[3][4], middle[3][4], lower[3][4];
-        load_row(upper, from), from += down;
-        if (kStride == 1) load_row(middle, from), from += down;
+        Row upper, middle, lower;
+        upper.load(source, down);
+        if (kStride == 1) middle.load(source, down);
 #pragma unroll
         for (int out = 0; out < Tr::kWalk; ++out, to += 16 * Tr::kPitch) {
-            if (kStride == 2) load_row(middle, from), from += down;
+            if (kStride == 2) middle.load(source, down);
             float d[2][4];
             // The upper row is done with before the lower one is loaded, which saves its registers.
 #pragma unroll
             for (int q = 0; q < 2; ++q) {
-                const int low = 2 * q, high = 2 * q + 1;
-                Tensor::multiply(d[q], upper[0][low], upper[0][high], upper[1][low], upper[1][high], taps[q][0],
-                                 taps[q][1], bias[q]);
-                Tensor::multiply(d[q], upper[2][low], upper[2][high], middle[2][low], middle[2][high], taps[q][2],
-                                 taps[q][5], d[q]);
+                upper.template add<0>(d[q], q, taps[q], bias[q]);
+                middle.template add<3>(d[q], q, taps[q], d[q]);
             }
-            load_row(lower, from), from += down;
+            lower.load(source, down);
 #pragma unroll
             for (int q = 0; q < 2; ++q) {
-                const int low = 2 * q, high = 2 * q + 1;
-                Tensor::multiply(d[q], middle[0][low], middle[0][high], middle[1][low], middle[1][high], taps[q][3],
-                                 taps[q][4], d[q]);
-                Tensor::multiply(d[q], lower[0][low], lower[0][high], lower[1][low], lower[1][high], taps[q][6],
-                                 taps[q][7], d[q]);
-                Tensor::multiply_half(d[q], lower[2][low], lower[2][high], taps[q][8]);
+                lower.template add<6>(d[q], q, taps[q], d[q]);
                 store_relu6<Tensor>(to + q * 16, d[q][0], d[q][1]);
                 store_relu6<Tensor>(to + q * 16 + 8 * Tr::kPitch, d[q][2], d[q][3]);
             }
-            if (kStride == 1) copy_row(upper, middle), copy_row(middle, lower);
-            if (kStride == 2) copy_row(upper, lower);
+            upper = kStride == 1 ? middle : lower;
+            if (kStride == 1) middle = lower;
         }
     }
 
-    static __device__ __forceinline__ void copy_row(uint32_t (&to)[3][4], const uint32_t (&from)[3][4]) {
-#pragma unroll
-        for (int i = 0; i < 12; ++i) to[i / 4][i % 4] = from[i / 4][i % 4];
-    }
+    // A row of a1 under three neighbouring columns of taps, for 16 units and two times 8 channels. What one ldmatrix
+    // loads is one operand, as it must lie in neighbouring registers: the first two columns of 8 channels, and the
+    // third column of all 16.
+    struct Row {
+        struct Source {
+            uint32_t first_two, third;
+        };
+        uint32_t first_two[2][4], third[4];
 
-    static __device__ __forceinline__ void load_row(uint32_t (&row)[3][4], uint32_t from) {
-#pragma unroll
-        for (int column = 0; column < 3; ++column) load_matrices(row[column], from + column * Tr::kPitch);
-    }
+        __device__ __forceinline__ void load(Source& from, uint32_t down) {
+            load_matrices(first_two[0], from.first_two);
+            load_matrices(first_two[1], from.first_two + 16);
+            load_matrices(third, from.third);
+            from.first_two += down, from.third += down;
+        }
+        // d = c + this row times taps kTap, kTap + 1 and kTap + 2.
+        template <int kTap>
+        __device__ __forceinline__ void add(float (&d)[4], int q, const uint32_t (&taps)[9],
+                                            const float (&c)[4]) const {
+            const uint32_t (&a)[4] = first_two[q];
+            Tensor::multiply(d, a[0], a[1], a[2], a[3], taps[kTap], taps[kTap + 1], c);
+            Tensor::multiply_half(d, third[2 * q], third[2 * q + 1], taps[kTap + 2]);
+        }
+    };
 
     template <int kStride>
     __device__ __forceinline__ void depthwise_by_multiply_adds(int group, int step, int buffer) {

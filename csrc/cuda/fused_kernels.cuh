@@ -14,13 +14,19 @@ template <int kIndex>
 inline constexpr bool kWanted = true;
 #endif
 
-#define MBV2_FUSED_KERNEL(index, chunk_bytes, walk, warps_m, warps_n, tiles_m, tiles_n, blocks)          \
-    extern "C" __global__ void __launch_bounds__(32 * warps_m * warps_n, blocks)                         \
-        MBV2_KERNEL(index)(const __grid_constant__ mbv2::cuda::FusedParams params) {                     \
-        extern __shared__ __align__(128) unsigned char memory[];                                         \
-        if constexpr (kWanted<index>) {                                                                  \
-            mbv2::cuda::Block<mbv2::cuda::Traits<mbv2::cuda::MBV2_TENSOR, index>>(params, memory).run(); \
-        }                                                                                                \
+#ifdef __CUDA_ARCH__
+inline constexpr int kArch = __CUDA_ARCH__ / 10;
+#else
+inline constexpr int kArch = 0;
+#endif
+
+#define MBV2_FUSED_KERNEL(index, chunk_bytes, walk, warps_m, warps_n, tiles_m, tiles_n, blocks)                     \
+    extern "C" __global__ void __launch_bounds__(32 * warps_m * warps_n, mbv2::cuda::resident_blocks(index, kArch)) \
+        MBV2_KERNEL(index)(const __grid_constant__ mbv2::cuda::FusedParams params) {                                \
+        extern __shared__ __align__(128) unsigned char memory[];                                                    \
+        if constexpr (kWanted<index>) {                                                                             \
+            mbv2::cuda::Block<mbv2::cuda::Traits<mbv2::cuda::MBV2_TENSOR, index>>(params, memory).run();            \
+        }                                                                                                           \
     }
 
 MBV2_FUSED_TILES(MBV2_FUSED_KERNEL)

@@ -40,6 +40,13 @@ inline constexpr TileShape kTileShapes[] = {MBV2_FUSED_TILES(MBV2_TILE_SHAPE)};
 #undef MBV2_TILE_SHAPE
 inline constexpr int kTiles = sizeof(kTileShapes) / sizeof(kTileShapes[0]);
 
+// Thread blocks an SM has registers for. Where shared memory (100 KB) holds one of the large tiles anyway, it gets them
+// all; `arch` is 80 for compute capability 8.0.
+constexpr int resident_blocks(int tile, int arch) {
+    const bool small = arch == 86 || arch == 89 || arch >= 120;
+    return small && (tile == 0 || tile == 3) ? 1 : kTileShapes[tile].blocks;
+}
+
 // Tables in shared memory: the thread block's tile, its columns of outputs, its input positions.
 inline constexpr int kTileBytes = 64, kUnitBytes = 16, kPlaceBytes = 8;
 

@@ -218,7 +218,8 @@ class Planner {
         }
         if (!p.ahead) longest += std::max(0.0, chunks * (kLatency - kLoneWarp * walk.longest) + weights / kL2Bytes);
         instructions += positions * (p.x_vectors.value * 30.0 + 60) / 32;
-        const int resident = std::max(1, std::min(tile.blocks, gpu_.shared_per_processor / (plan.shared_bytes + 1024)));
+        const int resident = std::max(
+            1, std::min(resident_blocks(plan.tile, gpu_.arch), gpu_.shared_per_processor / (plan.shared_bytes + 1024)));
         const double throughput = std::max(
             {instructions / (4 * kIssueShare), shared / kSharedBytes, products / rate.products, moved / kL2Bytes});
         const double full = std::max(throughput * resident, longest);

@@ -1,0 +1,184 @@
+"""The static report on the fused block in CUDA C++: registers, local memory, instructions, and what its plans occupy.
+
+    python -m bench.resources_cuda [--arch 80 90] [--dtype float16] [--json]
+
+Compiled is every tile for every architecture; with neither option that is about five minutes on one core. Exit status
+1 where a kernel touches local memory, has no tensor-core instruction, needs more instructions an element than
+`BUDGET`, or where a plan for the full-width network leaves an SM fewer than 8 warps.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import sass
+from bench.occupancy import ARCHITECTURES, Architecture, warps_per_sm
+from mbv2.kernels.cuda import fused
+from mbv2.model import MobileNetV2
+
+SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+NAMES = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float32: "float"}
+WARPS_AT_LEAST = 8
+# Instructions of one thread for an output of the depthwise stage at stride 1 and 2, idle columns not counted, by how
+# many outputs a column is walked down: on tensor cores, and in float32 with multiply-adds.
+_TENSOR_CORE_BUDGET = {4: (7.5, 8.2), 2: (10.5, 11.5)}
+BUDGET = {
+    torch.float16: _TENSOR_CORE_BUDGET,
+    torch.bfloat16: _TENSOR_CORE_BUDGET,
+    torch.float32: {4: (18.5, 20.0), 2: (21.0, 22.0)},
+}
+_USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
+
+
+def kernels(dtype: torch.dtype, arch: int, nvcc: str, only_tile: int | None = None) -> dict[str, sass.Code]:
+    """The machine code of the kernels for `dtype` on sm_<arch>, by tile (its index, or "sum").
+
+    Raises:
+        RuntimeError: nvcc cannot compile them.
+    """
+    name = NAMES[dtype]
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "fused.cubin"
+        command = [nvcc, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", str(SOURCES / f"fused_{name}.cu")]
+        command += [] if only_tile is None else [f"-DMBV2_ONLY_TILE={only_tile}"]
+        done = subprocess.run([*command, "-o", str(cubin)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stderr or done.stdout)
+        usage = sass._tool("cuobjdump", "-res-usage", str(cubin))
+        listing = sass._tool("nvdisasm", "-c", "-ndf", str(cubin))
+    texts = {part.split(",", 1)[0]: part for part in re.split(r"^\s*\.section\s+\.text\.", listing, flags=re.M)[1:]}
+    found = {}
+    for kernel, registers, stack, local in _USAGE.findall(usage):
+        tile = kernel.removeprefix(f"fused_{name}_")
+        if only_tile is not None and tile != str(only_tile):
+            continue
+        instructions = sass.parse(texts[kernel])
+        found[tile] = sass.Code(instructions, sass.find_loops(instructions), int(registers), int(stack) + int(local))
+    return found
+
+
+def depthwise_instructions(code: sass.Code, dtype: torch.dtype, walk: int) -> tuple[float, float]:
+    """Instructions of one thread an output of the depthwise stage costs, at stride 1 and at stride 2.
+
+    An item of that stage, one pass of its loop, is 16 columns x `walk` outputs x 32 bytes of channels for a warp.
+    """
+    inner = [loop for loop in code.loops if not any(other.body < loop.body for other in code.loops)]
+    if dtype == torch.float32:
+        # Its inner loop makes one of the two halves of an item.
+        stages = [loop for loop in inner if code.opcodes_of(loop)["FFMA"] >= 18 * walk]
+        outputs, passes = 16 * walk * 8, 2
+    else:
+        stages = [loop for loop in inner if any("1688" in code.instructions[i].full_opcode for i in loop.body)]
+        outputs, passes = 16 * walk * 16, 1
+    assert len(stages) == 2, f"{len(stages)} loops look like the depthwise stage"
+    first, second = sorted(len(loop.body) * passes * 32 / outputs for loop in stages)
+    return first, second
+
+
+def rows(dtype: torch.dtype, arch: Architecture, nvcc: str, only_tile: int | None = None) -> dict[str, dict[str, Any]]:
+    """Every kernel's figures and faults, by tile."""
+    shapes = used_by(dtype, arch)
+    found = {}
+    for tile, code in kernels(dtype, arch.number, nvcc, only_tile).items():
+        row: dict[str, Any] = {
+            "registers": code.registers,
+            "local_memory": code.stack_bytes + code.count(*sass.SPILLING),
+            "instructions": len(code.instructions),
+        }
+        faults = [f"{row['local_memory']} bytes of local memory"] if row["local_memory"] else []
+        if tile != "sum":
+            walk = _walk(int(tile))
+            row["depthwise"] = [round(value, 2) for value in depthwise_instructions(code, dtype, walk)]
+            row["tensor_core"] = code.count(*sass.TENSOR_CORE)
+            plans = shapes.get(int(tile), [])
+            row["plans"] = len(plans)
+            row["shared_bytes"] = max((plan.shared_bytes for plan in plans), default=0)
+            row["warps_per_sm"] = min(
+                (warps_per_sm(arch, plan.threads // 32, code.registers, plan.shared_bytes) for plan in plans),
+                default=WARPS_AT_LEAST,
+            )
+            if row["warps_per_sm"] < WARPS_AT_LEAST:
+                faults.append(f"{row['warps_per_sm']} warps an SM")
+            if not row["tensor_core"]:
+                faults.append("no tensor-core instruction")
+            for stride, (cost, allowed) in enumerate(zip(row["depthwise"], BUDGET[dtype][walk], strict=True), 1):
+                if cost > allowed:
+                    faults.append(f"{cost} instructions a depthwise output at stride {stride}, the budget is {allowed}")
+        row["faults"] = faults
+        found[tile] = row
+    return found
+
+
+def used_by(dtype: torch.dtype, arch: Architecture, images: int = 256) -> dict[int, list[fused.Plan]]:
+    """The plans of the full-width network's blocks at 224x224, by tile."""
+    gpu = fused.Gpu(arch.number, arch.processors, arch.shared_per_block, arch.shared_per_sm)
+    plans: dict[int, list[fused.Plan]] = {}
+    size = 112
+    with torch.device("meta"):
+        model = MobileNetV2()
+    for module in model.features[1:-1]:
+        expand, depthwise, project = module.stages()
+        hidden = depthwise.weight.shape[0]
+        inputs = hidden if expand is None else expand.weight.shape[1]
+        outputs, residual = project.weight.shape[0], module.use_res_connect
+        shape = fused.Shape(
+            fused.ELEMENTS[dtype], images, size, size, inputs, hidden, outputs, module.stride, expand is not None,
+            residual,
+        )  # fmt: skip
+        plan = fused.plan_for(shape, gpu)
+        assert isinstance(plan, fused.Plan), f"{shape}: {plan}"
+        plans.setdefault(plan.tile, []).append(plan)
+        size = (size - 1) // module.stride + 1
+    return plans
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """See the module's text."""
+    parser = argparse.ArgumentParser(prog="python -m bench.resources_cuda", description="static resources, CUDA C++")
+    parser.add_argument("--arch", type=int, nargs="*", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in NAMES}
+    parser.add_argument("--dtype", nargs="*", choices=dtypes, default=list(dtypes))
+    parser.add_argument("--nvcc", default="nvcc")
+    parser.add_argument("--json", action="store_true", help="all figures as JSON on stdout")
+    arguments = parser.parse_args(argv)
+    report: dict[str, Any] = {}
+    for number in arguments.arch:
+        for name in arguments.dtype:
+            report.setdefault(f"sm_{number}", {})[name] = found = rows(
+                dtypes[name], ARCHITECTURES[number], arguments.nvcc
+            )
+            if not arguments.json:
+                for tile, row in found.items():
+                    print(f"sm_{number} {name} {tile}: {row}", flush=True)
+    if arguments.json:
+        print(json.dumps(report, indent=1))
+    faults = [
+        f"{arch} {name} tile {tile}: {fault}"
+        for arch, types in report.items()
+        for name, found in types.items()
+        for tile, row in found.items()
+        for fault in row["faults"]
+    ]
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    return 1 if faults else 0
+
+
+def _walk(tile: int) -> int:
+    """Outputs a column is walked down, of a tile in csrc/cuda/fused_params.h."""
+    text = (SOURCES / "fused_params.h").read_text()
+    found = re.search(rf"X\({tile}, \d+, (\d+),", text)
+    assert found is not None
+    return int(found[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
