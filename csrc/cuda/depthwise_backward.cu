@@ -1,13 +1,13 @@
-// Backward of the training depthwise 3x3, 16-bit types: dy2 = A dz2 + B y2 + C; dz1 = relu6'(bn1(y1)) conv^T(dy2) with its
-// sums; parts of the weight's gradient. One pass: dy2, y1 in, dz1 out.
+// Backward of the training depthwise 3x3, 16-bit types: dy2 = A dz2 + B y2 + C; dz1 = relu6'(bn1(y1)) conv^T(dy2) with
+// its sums; parts of the weight's gradient. One pass: dy2, y1 in, dz1 out.
 //
-// Cut like the forward pass, over the positions of dy2: a block owns 16 channels and walks down a strip of rows, each of
-// its four warps 16 columns. Every dy2 is computed and rounded once, by the thread that fetched dz2 and y2, into a ring of
-// rows. Both gradients are products of the tensor cores: the transposed convolution as in the forward pass, with diagonal
-// matrices of the taps; the weight's as the diagonals of dy2' a1, where one product takes two taps (two shifted dy2, one
-// above the other) against 16 pixels of a1. At stride 2 a position of dy2 stands for a 2x2 quad of y1's, which 1, 2, 2 and
-// 4 of the taps reach. The mask is decided in float32 from y1 itself. As in the forward pass, a NaN of dy2 or a1 reaches
-// the eight channels of its matrix.
+// Cut like the forward pass, over the positions of dy2: a block owns 16 channels and walks down a strip of rows, each
+// of its four warps 16 columns. Every dy2 is computed and rounded once, by the thread that fetched dz2 and y2, into a
+// ring of rows. Both gradients are products of the tensor cores: the transposed convolution as in the forward pass,
+// with diagonal matrices of the taps; the weight's as the diagonals of dy2' a1, where one product takes two taps (two
+// shifted dy2, one above the other) against 16 pixels of a1. At stride 2 a position of dy2 stands for a 2x2 quad of
+// y1's, which 1, 2, 2 and 4 of the taps reach. The mask is decided in float32 from y1 itself. As in the forward pass, a
+// NaN of dy2 or a1 reaches the eight channels of its matrix.
 //
 // sums: of dz1, and of dz1 (y1 - o) with o the mean rounded to the activations' type, which is put right at the end.
 #include "depthwise_device.cuh"
@@ -19,14 +19,15 @@ namespace {
 template <class T, int kStride>
 struct Backward {
     using R = Row<T, 1>;
-    static constexpr int kPixels = 64;  // of a row of dy2 in shared memory, halo columns included
+    static constexpr int kPixels = 64;                  // of a row of dy2 in shared memory, halo columns included
     static constexpr int kLead = kStride == 1 ? 2 : 1;  // rows of dy2 that a row of y1 waits for
     static constexpr int kRing = kLead + 2, kAhead = kStride == 1 ? 2 : 1;
     static constexpr int kPositions = kStride * kStride;  // of y1 for one of dy2
     static constexpr int kSlots = kAhead + 2;             // of rows of y1: in use, arrived, on their way
     static constexpr int kPeriod = kRing;                 // rows after which everything is where it was
     static_assert(kSlots == kRing && kRing % kAhead == 0 && R::kPixelsAtOnce == kPixels);
-    static constexpr int kRowBytes = (kPixels + 3) * R::kPitch;  // zero pixels behind the others, as in the forward pass
+    static constexpr int kRowBytes =
+        (kPixels + 3) * R::kPitch;  // zero pixels behind the others, as in the forward pass
     static constexpr int kVectorRow = R::kThreads * 16;
     static constexpr int kRaw = kRing * kRowBytes, kY1 = kRaw + kAhead * 2 * kVectorRow;
     static constexpr int kSharedBytes = kY1 + kSlots * kPositions * kVectorRow;
@@ -153,7 +154,8 @@ __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams
     const int above = kStride == 1 ? at.top - 1 : at.top, steps = at.bottom - at.top;
     const int first_row = above < 0 ? 1 : 0, last_row = min(steps + B::kLead, p.ho - above);  // of those, the image's
     const int64_t dy_start = (at.image0 * p.ho + above) * dy_bytes;
-    const char *dz2_row = static_cast<const char*>(p.dz2) + dy_start, *y2_row = static_cast<const char*>(p.y2) + dy_start;
+    const char *dz2_row = static_cast<const char*>(p.dz2) + dy_start,
+               *y2_row = static_cast<const char*>(p.y2) + dy_start;
     const char* y1_row = static_cast<const char*>(p.y1) + (at.image0 * p.h + at.top * kStride) * y1_bytes;
     int t = 0;  // the next row of dy2 to compute
     // Row t of dz2 and y2 and the row of y1 that needs it, into the slots of `row` (t, or t but for whole periods).
@@ -188,7 +190,8 @@ __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams
                 for (int i = 0; i < 4; ++i) {
                     const float low = fmaf(T::low(ys[i]), coef[1][2 * i], coef[2][2 * i]);
                     const float high = fmaf(T::high(ys[i]), coef[1][2 * i + 1], coef[2][2 * i + 1]);
-                    out[i] = T::pack(fmaf(T::low(dzs[i]), coef[0][2 * i], low), fmaf(T::high(dzs[i]), coef[0][2 * i + 1], high));
+                    out[i] = T::pack(fmaf(T::low(dzs[i]), coef[0][2 * i], low),
+                                     fmaf(T::high(dzs[i]), coef[0][2 * i + 1], high));
                 }
             }
             R::put(ring + row % B::kRing * B::kRowBytes + dy_to, v);
@@ -206,7 +209,7 @@ __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams
         const unsigned group = v / columns, j = v - group * columns;
         return group < at.groups && at.chunk(group) * columns + j < p.wo ? (group * wide + j) * kPitch : zero;
     };
-    const uint32_t c0 = place(16 * warp + (lane & 15));                            // its row of matrices of pixels
+    const uint32_t c0 = place(16 * warp + (lane & 15));                              // its row of matrices of pixels
     const uint32_t c0_transposed = place(16 * warp + (lane & 7) + (lane >> 4) * 8);  // of transposed ones
     uint32_t to[2];
     bool second[2] = {};  // whether the quad's second column is there
@@ -228,7 +231,9 @@ __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams
         }
 #pragma unroll
         for (int h = 0; h < 2; ++h)
-            ending.centre[h] = channel < p.c ? T::pack(p.bn[kMean * p.c + channel + 2 * h], p.bn[kMean * p.c + channel + 2 * h + 1]) : 0;
+            ending.centre[h] =
+                channel < p.c ? T::pack(p.bn[kMean * p.c + channel + 2 * h], p.bn[kMean * p.c + channel + 2 * h + 1])
+                              : 0;
     }
     const char* weight = static_cast<const char*>(p.weight) + int64_t{18} * channel0;
     Taps<T, 1, kPitch> taps;  // stride 1
@@ -253,8 +258,8 @@ __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams
         if (need_input) taps.convolve(da, rows, c0, 0, lane);
         char* pixels[2] = {dz1_row + uint64_t{2} * to[0], dz1_row + uint64_t{2} * to[1]};
         const bool all[2] = {true, true}, writes[2] = {to[0] != kNowhere, to[1] != kNowhere};
-        ending.template finish<false>(da, y1_lane + phase % B::kSlots * B::kVectorRow, all, writes, pixels, need_input, read,
-                                      sums, a);
+        ending.template finish<false>(da, y1_lane + phase % B::kSlots * B::kVectorRow, all, writes, pixels, need_input,
+                                      read, sums, a);
         if (!need_weight) return;
         const bool second_tap = lane & 8;
         const uint32_t two_rows = (second_tap ? rows[1] : rows[0]) + c0_transposed;
@@ -264,7 +269,10 @@ __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams
         for (int h = 0; h < 2; ++h)
 #pragma unroll
             for (int k = 0; k < 5; ++k) {
-                const uint32_t from = k < 3 ? two_rows + k * kPitch : third_row + (k == 4 ? 2 * kPitch : second_tap ? kPitch : 0);
+                const uint32_t from = k < 3 ? two_rows + k * kPitch
+                                            : third_row + (k == 4       ? 2 * kPitch
+                                                           : second_tap ? kPitch
+                                                                        : 0);
                 load_transposed(m, from + 16 * h);
                 T::multiply(dw[h][k], m[0], m[1], m[2], m[3], a[h][0], a[h][1]);
             }
@@ -274,7 +282,8 @@ __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams
     //   (0, 0): 11.  (0, 1): 12, 10 of the next column.  (1, 0): 21, 01 of the next row.
     //   (1, 1): 22, 20 of the next column, 02 of the next row, 00 of both.
     const auto step_2 = [&](int phase, bool below) {
-        const uint32_t level = ring + phase % B::kRing * B::kRowBytes, next = ring + (phase + 1) % B::kRing * B::kRowBytes;
+        const uint32_t level = ring + phase % B::kRing * B::kRowBytes,
+                       next = ring + (phase + 1) % B::kRing * B::kRowBytes;
         const uint32_t across = lane >= 16 ? kPitch : 0;
         const uint32_t level_t = level + c0_transposed + (lane & 8 ? kPitch : 0);
         const uint32_t next_t = next + c0_transposed + (lane & 8 ? kPitch : 0);
@@ -283,7 +292,7 @@ __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams
         if (need_input) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                const uint32_t(&w)[9] = diagonal[h];
+                const uint32_t (&w)[9] = diagonal[h];
                 uint32_t m[4];
                 load_matrices(m, level + c0 + across + 16 * h);
                 T::multiply(da[0][h], m[0], m[1], w[4]);
@@ -383,25 +392,25 @@ __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams
 
 }  // namespace
 
-#define MBV2_KERNEL(NAME, T, STRIDE, NORMALISE)                                                                       \
-    extern "C" __global__ void __launch_bounds__(128, 2) NAME(const __grid_constant__ DepthwiseBackwardParams p) {    \
-        MBV2_BODY((depthwise_backward<T, STRIDE, NORMALISE>(p));)                                                     \
-    }                                                                                                                 \
+#define MBV2_KERNEL(NAME, T, STRIDE, NORMALISE)                                                                    \
+    extern "C" __global__ void __launch_bounds__(128, 2) NAME(const __grid_constant__ DepthwiseBackwardParams p) { \
+        MBV2_BODY((depthwise_backward<T, STRIDE, NORMALISE>(p));)                                                  \
+    }                                                                                                              \
     MBV2_SHARED(NAME, (Backward<T, STRIDE>::kSharedBytes))
 
-#define MBV2_KERNELS(KIND, T)                                          \
-    MBV2_KERNEL(mbv2_depthwise_backward_##KIND##_s1_x1, T, 1, false)   \
-    MBV2_KERNEL(mbv2_depthwise_backward_##KIND##_s2_x1, T, 2, false)   \
-    MBV2_KERNEL(mbv2_depthwise_backward_##KIND##_s1_bn1, T, 1, true)   \
+#define MBV2_KERNELS(KIND, T)                                        \
+    MBV2_KERNEL(mbv2_depthwise_backward_##KIND##_s1_x1, T, 1, false) \
+    MBV2_KERNEL(mbv2_depthwise_backward_##KIND##_s2_x1, T, 2, false) \
+    MBV2_KERNEL(mbv2_depthwise_backward_##KIND##_s1_bn1, T, 1, true) \
     MBV2_KERNEL(mbv2_depthwise_backward_##KIND##_s2_bn1, T, 2, true)
 
 MBV2_KERNELS(float16, Half)
 MBV2_KERNELS(bfloat16, BFloat16)
 
-#define MBV2_CHOICE(KIND)                                                                          \
-    (stride == 1 ? p.bn ? reinterpret_cast<const void*>(&mbv2_depthwise_backward_##KIND##_s1_bn1)  \
-                        : reinterpret_cast<const void*>(&mbv2_depthwise_backward_##KIND##_s1_x1)   \
-     : p.bn      ? reinterpret_cast<const void*>(&mbv2_depthwise_backward_##KIND##_s2_bn1)         \
+#define MBV2_CHOICE(KIND)                                                                         \
+    (stride == 1 ? p.bn ? reinterpret_cast<const void*>(&mbv2_depthwise_backward_##KIND##_s1_bn1) \
+                        : reinterpret_cast<const void*>(&mbv2_depthwise_backward_##KIND##_s1_x1)  \
+     : p.bn      ? reinterpret_cast<const void*>(&mbv2_depthwise_backward_##KIND##_s2_bn1)        \
                  : reinterpret_cast<const void*>(&mbv2_depthwise_backward_##KIND##_s2_x1))
 
 const char* launch_depthwise_backward(const DepthwiseBackwardParams& p, DepthwiseType type, int stride,

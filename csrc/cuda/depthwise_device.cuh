@@ -136,15 +136,13 @@ struct Half {
     }
     static __device__ __forceinline__ void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                                     uint32_t b0, uint32_t b1) {
-        asm(
-            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
             "{%0, %1, %2, %3};"
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
             : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
     }
     static __device__ __forceinline__ void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
-        asm(
-            "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
             : "r"(a0), "r"(a1), "r"(b0));
     }
@@ -177,15 +175,13 @@ struct BFloat16 {
     }
     static __device__ __forceinline__ void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                                     uint32_t b0, uint32_t b1) {
-        asm(
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
             "{%0, %1, %2, %3};"
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
             : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
     }
     static __device__ __forceinline__ void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
-        asm(
-            "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
             : "r"(a0), "r"(a1), "r"(b0));
     }
@@ -236,7 +232,8 @@ struct Row {
 // The nine taps of a lane's channels, and the convolution of 16 pixels.
 template <class T, int kStride, int kPitch>
 struct Taps {
-    // 16-bit types, by half of the channels: diagonal matrices of taps (0, kw) and (1, kw), of (2, 0) and (2, 1), of (2, 2).
+    // 16-bit types, by half of the channels: diagonal matrices of taps (0, kw) and (1, kw), of (2, 0) and (2, 1), of
+    // (2, 2).
     uint32_t pair[2][4][2], last[2];
     float tap[T::kPacked ? 1 : 9][4];
 
@@ -303,10 +300,10 @@ struct Taps {
         T::multiply(sums[1], a[2], a[3], last[1]);
     }
 
-    // sums[h][2 r + e] += channel 4 j + 2 h + e of pixel g + 8 r, where lane = 4 g + j. `rows` are the three rows in shared
-    // memory, from the warp's channels on; `first` and `second` the addresses of the tile's places of columns.
-    __device__ __forceinline__ void apply(float (&sums)[2][4], const uint32_t (&rows)[3], uint32_t first, uint32_t second,
-                                          int lane) const {
+    // sums[h][2 r + e] += channel 4 j + 2 h + e of pixel g + 8 r, where lane = 4 g + j. `rows` are the three rows in
+    // shared memory, from the warp's channels on; `first` and `second` the addresses of the tile's places of columns.
+    __device__ __forceinline__ void apply(float (&sums)[2][4], const uint32_t (&rows)[3], uint32_t first,
+                                          uint32_t second, int lane) const {
         if constexpr (T::kPacked) {
             const uint32_t c0 = load_shared4(first + 4 * (lane & 15));
             convolve(sums, rows, c0, kStride == 1 ? 0 : load_shared4(second + 4 * (lane & 15)), lane);

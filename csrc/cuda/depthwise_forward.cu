@@ -2,15 +2,15 @@
 //
 // A block owns 16 * kSlabs channels and up to kOutputs neighbouring output columns, and walks down a strip of rows.
 // Rows of x arrive through cp.async, kAhead of them at a time; every value is normalised, clamped and rounded once, by
-// the thread that fetched it, into a ring of activated rows. 16-bit types are multiplied on the tensor cores: a tap is a
-// diagonal matrix of eight channels' weights, two taps make one m16n8k16 product of 16 pixels, so that nine
+// the thread that fetched it, into a ring of activated rows. 16-bit types are multiplied on the tensor cores: a tap is
+// a diagonal matrix of eight channels' weights, two taps make one m16n8k16 product of 16 pixels, so that nine
 // multiply-adds a value cost 5/4 of an instruction instead of nine. Products are exact and sums float32, as in CUDA
 // cores; the price is that a NaN reaches all eight channels of its matrix (0 * NaN). float32 uses CUDA cores.
 //
-// Statistics: y and (y - origin)^2 are added up, origin one of the warp's first values of each channel; for 16-bit types
-// again on the tensor cores, as ones' y and the diagonal of d' d. The difference of two 16-bit values is exact where
-// they lie within a factor of two of each other, else it is rounded once. As the origin is one of the values, the sum of
-// squares is at most (n + 1) M2, and what the subtraction at the end can lose is n * 2^-24 of M2.
+// Statistics: y and (y - origin)^2 are added up, origin one of the warp's first values of each channel; for 16-bit
+// types again on the tensor cores, as ones' y and the diagonal of d' d. The difference of two 16-bit values is exact
+// where they lie within a factor of two of each other, else it is rounded once. As the origin is one of the values, the
+// sum of squares is at most (n + 1) M2, and what the subtraction at the end can lose is n * 2^-24 of M2.
 #include "depthwise_device.cuh"
 
 namespace mbv2 {
@@ -78,14 +78,14 @@ struct Forward {
 // Sums over pixels of y and of d^2, d = y - origin, of the channels of a warp.
 template <class T>
 struct Moments {
-    // 16-bit types: the origin, twice, of the channel on the lane's diagonal; and those of the lane's own channels, which
-    // stand in for pixels that are not there.
+    // 16-bit types: the origin, twice, of the channel on the lane's diagonal; and those of the lane's own channels,
+    // which stand in for pixels that are not there.
     uint32_t origin[2] = {}, filler[2] = {};
     float low[2][4] = {}, high[2][4] = {}, sums[2][4] = {};  // d' d of pixels 0-7 and 8-15, ones' y
     uint32_t ones = kept(T::kOnes);
-    float first[4] = {}, total[4] = {}, squares[4] = {};         // float32
-    float count = 0;                                             // float32: of the lane
-    bool begun = false;  // float32
+    float first[4] = {}, total[4] = {}, squares[4] = {};  // float32
+    float count = 0;                                      // float32: of the lane
+    bool begun = false;                                   // float32
 
     // The origins are channels' values of `pixel` of a tile.
     __device__ __forceinline__ void begin(const float (&values)[2][4], int pixel, int lane) {
@@ -127,7 +127,8 @@ struct Moments {
         }
     }
 
-    // Leaves mean and M2 of the `n` values of each channel of the warp, to which `filled` were added (float32: of the lane).
+    // Leaves mean and M2 of the `n` values of each channel of the warp, to which `filled` were added (float32: of the
+    // lane).
     __device__ __forceinline__ void leave(float* mean, float* m2, float n, float filled, int lane) const {
         const int g = lane >> 2, j = lane & 3;
         if (n == 0) return;
@@ -136,7 +137,8 @@ struct Moments {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const int channel = 4 * j + 2 * h + (g & 1);
-                const float o = T::low(origin[h]), m = fmaf(-filled, o, g & 1 ? sums[h][1] : sums[h][0]) / n, off = m - o;
+                const float o = T::low(origin[h]), m = fmaf(-filled, o, g & 1 ? sums[h][1] : sums[h][0]) / n,
+                            off = m - o;
                 mean[channel] = m;
                 m2[channel] = positive(fmaf(-n * off, off, g & 1 ? low[h][1] + high[h][3] : low[h][0] + high[h][2]));
             }
@@ -176,7 +178,9 @@ __device__ __forceinline__ void depthwise(const DepthwiseParams& p) {
         const unsigned pixel = tid / R::kVectors + k * R::kPixelsAtOnce, group = pixel / wide, i = pixel - group * wide;
         const int column = at.chunk(group) * columns * kStride - 1 + i;
         const bool inside = group < at.groups && column >= 0 && column < p.w && channel_q < p.c;
-        const int position = kStride == 1 ? pixel : i & 1 ? odd + group * columns + i / 2 : group * (columns + 1) + i / 2;
+        const int position = kStride == 1 ? pixel
+                             : i & 1      ? odd + group * columns + i / 2
+                                          : group * (columns + 1) + i / 2;
         f.to[k] = position * R::kPitch + R::place(q);
         f.from[k] = kNowhere;
         if (inside) {
@@ -241,7 +245,8 @@ __device__ __forceinline__ void depthwise(const DepthwiseParams& p) {
     if constexpr (T::kPacked) {
 #pragma unroll 1
         for (int tile = row_warp; tile < tiles; tile += kRowWarps) {
-            const unsigned there = __ballot_sync(~0u, load_shared4(out + 64 * tile + 4 * (lane & 15)) != kNowhere) & 0xffff;
+            const unsigned there =
+                __ballot_sync(~0u, load_shared4(out + 64 * tile + 4 * (lane & 15)) != kNowhere) & 0xffff;
             if (there && pixels == 0) {
                 const uint32_t rows[3] = {slab, slab + F::kRowBytes, slab + 2 * F::kRowBytes};
                 float sums[2][4] = {};
@@ -283,7 +288,8 @@ __device__ __forceinline__ void depthwise(const DepthwiseParams& p) {
                         if (to[r] == kNowhere) continue;
                         const float y[4] = {sums[0][2 * r], sums[0][2 * r + 1], sums[1][2 * r], sums[1][2 * r + 1]};
                         if (writes)
-                            *reinterpret_cast<float4*>(y_row + uint64_t{4} * to[r]) = make_float4(y[0], y[1], y[2], y[3]);
+                            *reinterpret_cast<float4*>(y_row + uint64_t{4} * to[r]) =
+                                make_float4(y[0], y[1], y[2], y[3]);
                         moments.add(y);
                     }
                 }
@@ -320,11 +326,11 @@ __device__ __forceinline__ void depthwise(const DepthwiseParams& p) {
 
 }  // namespace
 
-#define MBV2_KERNEL(NAME, T, STRIDE, NORMALISE, SLABS)                                                                \
-    extern "C" __global__ void __launch_bounds__(128 * SLABS, T::kPacked ? 4 : 3)                                     \
-        NAME(const __grid_constant__ DepthwiseParams p) {                                                             \
-        MBV2_BODY((depthwise<T, STRIDE, NORMALISE, SLABS>(p));)                                                       \
-    }                                                                                                                 \
+#define MBV2_KERNEL(NAME, T, STRIDE, NORMALISE, SLABS)                            \
+    extern "C" __global__ void __launch_bounds__(128 * SLABS, T::kPacked ? 4 : 3) \
+        NAME(const __grid_constant__ DepthwiseParams p) {                         \
+        MBV2_BODY((depthwise<T, STRIDE, NORMALISE, SLABS>(p));)                   \
+    }                                                                             \
     MBV2_SHARED(NAME, (Forward<T, STRIDE, NORMALISE, SLABS>::kSharedBytes))
 
 #define MBV2_KERNELS(KIND, T)                                  \
@@ -357,10 +363,10 @@ const char* launch(const DepthwiseParams& p, const void* normalised, const void*
 
 }  // namespace
 
-#define MBV2_LAUNCH(KIND, T)                                                                                          \
-    return stride == 1 ? launch<T, 1>(params, reinterpret_cast<const void*>(&mbv2_depthwise_##KIND##_s1_bn1),         \
-                                      reinterpret_cast<const void*>(&mbv2_depthwise_##KIND##_s1_x1), stream)          \
-                       : launch<T, 2>(params, reinterpret_cast<const void*>(&mbv2_depthwise_##KIND##_s2_bn1),         \
+#define MBV2_LAUNCH(KIND, T)                                                                                  \
+    return stride == 1 ? launch<T, 1>(params, reinterpret_cast<const void*>(&mbv2_depthwise_##KIND##_s1_bn1), \
+                                      reinterpret_cast<const void*>(&mbv2_depthwise_##KIND##_s1_x1), stream)  \
+                       : launch<T, 2>(params, reinterpret_cast<const void*>(&mbv2_depthwise_##KIND##_s2_bn1), \
                                       reinterpret_cast<const void*>(&mbv2_depthwise_##KIND##_s2_x1), stream)
 
 const char* launch_depthwise(const DepthwiseParams& params, DepthwiseType type, int stride, cudaStream_t stream) {
