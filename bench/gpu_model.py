@@ -2,8 +2,8 @@
 
     python -m bench.gpu_model --out folder [--batch 256] [--dry-run]
 
-Writes model.json and model.md. Everybody runs channels_last under autocast to float16 with the same weights;
-inference is checked against torchvision in float32 before it is timed. What cannot run here is named with the reason. --dry-run:
+Writes model.json and model.md. Everybody runs channels_last under autocast to float16 with the same weights; inference
+is checked against torchvision in float32 before it is timed. What cannot run here is named with the reason. --dry-run:
 on the CPU, a narrow network on tiny pictures, bfloat16, nothing compiled.
 """
 

@@ -1,8 +1,8 @@
-"""Training's depthwise stages: each call goes to the CUDA C++ or the Triton kernel, whichever the static budget prefers.
+"""Training's depthwise stages: a call goes to the CUDA C++ or the Triton kernel, whichever the static budget prefers.
 
-`depthwise_choice.json`, written by `python -m bench.gpu_static report`, says for every architecture, stage, size of a value
-and stride whether the CUDA C++ kernel issues fewer instructions. An architecture that is not listed takes the entry of the
-next older one. What the CUDA C++ kernels refuse is Triton's as well.
+`depthwise_choice.json`, written by `python -m bench.gpu_static report`, says for every architecture, stage, size of a
+value and stride whether the CUDA C++ kernel issues fewer instructions. An architecture that is not listed takes the entry
+of the next older one. What the CUDA C++ kernels refuse is Triton's as well.
 """
 
 import json
