@@ -20,22 +20,21 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-packages = find_packages(include=["mbv2", "mbv2.*"]) + ["mbv2.kernels", "mbv2.kernels.triton", "mbv2.kernels.cuda"]
+packages = find_packages(include=["mbv2", "mbv2.*"]) + [
+    "mbv2.kernels",
+    "mbv2.kernels.cpu",
+    "mbv2.kernels.cuda",
+    "mbv2.kernels.triton",
+]
 
 _FLAGS = ["-O3", "-std=c++20", "-g0", "-fvisibility=hidden"]
 # The rest is compiled for the oldest machine of the architecture, as these run only where the CPU has them.
 _ISA_FLAGS = {
     # GCC 12 warns of its own _mm512_undefined_ps.
-    "kernels_avx512.cpp": [
-        "-mavx512f",
-        "-mavx512dq",
-        "-mavx2",
-        "-mfma",
-        "-Wno-uninitialized",
-        "-Wno-maybe-uninitialized",
-    ],
-    "kernels_avx2.cpp": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512dq", "-mavx2", "-mfma", "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
+    "avx2": ["-mavx2", "-mfma"],
 }
+_NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # The kernels begin at 8.0 (cp.async, bfloat16); newer architectures than the last run its PTX.
 _ARCHS = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 
@@ -71,7 +70,8 @@ class BuildParallel(build_ext):
             macros=ext.define_macros,
             # Only the operators see torch's headers.
             include_dirs=ext.include_dirs if Path(source).parent.name == "csrc" else [],
-            extra_postargs=_FLAGS + (_ISA_FLAGS.get(Path(source).name, []) if x86 else []),
+            # kernels_avx2.cpp, train_avx2.cpp
+            extra_postargs=_FLAGS + (_ISA_FLAGS.get(Path(source).stem.rpartition("_")[2], []) if x86 else []),
             depends=ext.depends,
         )
 

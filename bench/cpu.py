@@ -1,152 +1,44 @@
-"""Inference on a CPU against what else runs MobileNetV2 there: one table, JSON and a picture.
+"""Inference on a CPU against what else runs MobileNetV2 there: tables, JSON and a picture.
 
-python -m bench.cpu --models 1.0_224 --batches 1 32 --threads 1 2 --out results/cpu
+python -m bench.cpu --out results/cpu            # everything, about 12 minutes
+python -m bench.cpu --quick                      # 1.0_224 alone, about 2 minutes
 
-Every runner gets the same weights and its logits are compared with the model's before anything is timed. Timings
-are interleaved: each round times every runner once, so that all see the same disturbances; minimum, median and the
-90th percentile of the rounds are printed, and the share of the fused multiply-add peak measured between the
-rounds. The time that the process was on a core is given beside it: on a busy machine, and with one thread, it is
-the one to compare. Peers that are not installed are left out (`pip install 'mbv2[bench]'`);
-LiteRT takes a float model from --tflite.
+Every runner gets the same weights and its logits are compared with the model's in float64 before anything is timed.
+Timings are interleaved: each round times every runner once, so that all see the same disturbances; minimum, median
+and the 90th percentile of the rounds are printed, and the share of the multiply-add peak measured between the rounds.
+The time that the process was on a core is given beside it: on a busy machine, and with one thread, it is the one to
+compare. Peers that are not installed are left out (`pip install 'mbv2[bench]'`). The second table has our parts of the
+network one by one, the third the ratios over ours.
 """
 
 import argparse
-import copy
 import json
 import os
+import platform
 import statistics
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import mbv2
+from bench.cpu_peers import RUNNERS, Case, Runner, make_models
 from mbv2.kernels import cpu_network
+from mbv2.kernels.cpu_network import BlockShape
+from mbv2.optimized import block_shapes
 
-Runner = Callable[[Tensor], Any]
-
-
-class Case(NamedTuple):
-    width: float
-    resolution: int
-    batch: int
-    threads: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.width}_{self.resolution} batch {self.batch}, {self.threads} thread{'s' * (self.threads > 1)}"
-
-
-def make_models(width: float) -> tuple[mbv2.MobileNetV2, nn.Module]:
-    """Our model with random weights and statistics, and torchvision's with the same."""
-    import torchvision
-
-    torch.manual_seed(0)
-    ours = mbv2.MobileNetV2(1000, width).eval()
-    for module in ours.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, 0, 0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    theirs = torchvision.models.mobilenet_v2(width_mult=width).eval()
-    theirs.load_state_dict(ours.state_dict())
-    return ours, theirs
-
-
-def export_onnx(model: nn.Module, x: Tensor, folder: str) -> str:
-    path = str(Path(folder) / "model.onnx")
-    torch.onnx.export(model, (x,), path, dynamo=True, verbose=False, external_data=False)
-    return path
-
-
-def ours(models: tuple[nn.Module, nn.Module], case: Case, x: Tensor, folder: str) -> Runner:
-    return mbv2.optimize_for_inference(models[0])
-
-
-def eager_nchw(models: tuple[nn.Module, nn.Module], case: Case, x: Tensor, folder: str) -> Runner:
-    return models[1]
-
-
-def eager_channels_last(models: tuple[nn.Module, nn.Module], case: Case, x: Tensor, folder: str) -> Runner:
-    last = copy.deepcopy(models[1]).to(memory_format=torch.channels_last)
-    pictures = x.to(memory_format=torch.channels_last)
-    return lambda _: last(pictures)
-
-
-def compiled(models: tuple[nn.Module, nn.Module], case: Case, x: Tensor, folder: str) -> Runner:
-    torch._dynamo.reset()
-    return torch.compile(models[1])
-
-
-def frozen(models: tuple[nn.Module, nn.Module], case: Case, x: Tensor, folder: str) -> Runner:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.trace(models[1], x)))
-
-
-def onnx_runtime(models: tuple[nn.Module, nn.Module], case: Case, x: Tensor, folder: str) -> Runner:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = case.threads
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(export_onnx(models[1], x, folder), options, ["CPUExecutionProvider"])
-    name, pictures = session.get_inputs()[0].name, x.numpy()
-    return lambda _: session.run(None, {name: pictures})[0]
-
-
-def openvino(models: tuple[nn.Module, nn.Module], case: Case, x: Tensor, folder: str) -> Runner:
-    import openvino
-
-    model = openvino.convert_model(models[1], example_input=x, input=[tuple(x.shape)])
-    config = {
-        "INFERENCE_NUM_THREADS": case.threads,
-        "INFERENCE_PRECISION_HINT": "f32",
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    request = openvino.Core().compile_model(model, "CPU", config).create_infer_request()
-    pictures = openvino.Tensor(x.numpy(), shared_memory=True)
-
-    def run(_: Tensor) -> Any:
-        return next(iter(request.infer([pictures], share_inputs=True, share_outputs=True).values()))
-
-    return run
-
-
-def litert(models: tuple[nn.Module, nn.Module], case: Case, x: Tensor, folder: str) -> Runner:
-    from ai_edge_litert.interpreter import Interpreter
-
-    path = os.environ["MBV2_BENCH_TFLITE"].format(width=case.width, resolution=case.resolution)
-    interpreter = Interpreter(path, num_threads=case.threads)
-    place, result = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
-    channels_first = place["shape"][1] == 3
-    pictures = x.numpy() if channels_first else x.permute(0, 2, 3, 1).contiguous().numpy()
-    interpreter.resize_tensor_input(place["index"], pictures.shape)
-    interpreter.allocate_tensors()
-
-    def run(_: Tensor) -> Any:
-        interpreter.set_tensor(place["index"], pictures)
-        interpreter.invoke()
-        return interpreter.get_tensor(result["index"])
-
-    return run
-
-
-RUNNERS: dict[str, Callable[..., Runner]] = {
-    "mbv2": ours,
-    "LiteRT": litert,
-    "OpenVINO f32": openvino,
-    "ONNX Runtime": onnx_runtime,
-    "torch.jit freeze": frozen,
-    "torch.compile": compiled,
-    "eager NCHW": eager_nchw,
-    "eager channels_last": eager_channels_last,
-}
+QUICK = [Case(1.0, 224, batch, 1) for batch in (1, 32)]
+CASES = [
+    *(Case(1.0, 224, batch, threads) for threads in (1, 2) for batch in (1, 32)),
+    *(Case(width, size, 1, 1) for width, size in ((1.4, 224), (0.5, 160), (0.35, 96))),
+]
+PACKAGES = ("torch", "torchvision", "ai-edge-litert", "openvino", "onnxruntime")
 
 
 def multiply_adds(width: float, resolution: int) -> int:
@@ -170,7 +62,7 @@ def prepare(case: Case, wanted: list[str], folder: str) -> tuple[dict[str, Runne
         try:
             runner = RUNNERS[name](models, case, x, folder)
             logits = torch.as_tensor(runner(x))
-        except (ImportError, KeyError) as error:
+        except Exception as error:  # a peer that fails in its own way must not end the comparison of the others
             left_out[name] = f"{type(error).__name__}: {error}"
             continue
         difference = ((logits - expected).abs().max() / expected.abs().max()).item()
@@ -201,8 +93,7 @@ def measure(case: Case, wanted: list[str], seconds: float, folder: str) -> dict[
     work = 2 * case.batch * multiply_adds(case.width, case.resolution)
     rows = {}
     for name, taken in times.items():
-        ordered = sorted(taken)
-        own = busy.get("mbv2", busy[name])
+        ordered, own = sorted(taken), busy.get("mbv2", busy[name])
         rows[name] = {
             "min_ms": 1e3 * ordered[0],
             "median_ms": 1e3 * statistics.median(ordered),
@@ -214,7 +105,7 @@ def measure(case: Case, wanted: list[str], seconds: float, folder: str) -> dict[
             "cpu_over_ours": min(busy[name]) / min(own),
             "cpu_median_over_ours": statistics.median(busy[name]) / statistics.median(own),
         }
-    return {
+    result = {
         "case": case._asdict(),
         "name": case.name,
         "rounds": len(peaks),
@@ -224,12 +115,67 @@ def measure(case: Case, wanted: list[str], seconds: float, folder: str) -> dict[
         "rows": rows,
         "left_out": left_out,
     }
+    if case.threads > 1:
+        result["handover_ns"] = 1e9 * torch.ops.mbv2.cpu_handover()
+    return result
+
+
+def part_work(blocks: list[BlockShape], last_channels: int, classes: int, resolution: int) -> list[dict[str, Any]]:
+    """Floating-point operations and least traffic in bytes (weights, input, output) of each part for one picture."""
+    size = (resolution + 1) // 2
+    parts = []
+    for index, block in enumerate(blocks):
+        out = (size - 1) // block.stride + 1
+        taps = 27 if index == 0 else block.inputs
+        weights = taps * block.hidden + 9 * block.hidden + block.hidden * block.outputs
+        work = taps * block.hidden * size**2 + (9 + block.outputs) * block.hidden * out**2
+        entering = 3 * resolution**2 if index == 0 else block.inputs * size**2
+        moved = weights + entering + block.outputs * out**2
+        name = f"block {index + 1}" + (" with the stem" if index == 0 else "")
+        parts.append({"name": name, "flop": 2 * work, "weight_bytes": 4 * weights, "bytes": 4 * moved})
+        size = out
+    outputs = blocks[-1].outputs
+    for name, inputs, channels, pixels in (
+        ("head", outputs, last_channels, size**2),
+        ("classifier", last_channels, classes, 1),
+    ):
+        weights = inputs * channels
+        moved = weights + inputs * pixels + channels
+        parts.append({"name": name, "flop": 2 * weights * pixels, "weight_bytes": 4 * weights, "bytes": 4 * moved})
+    return parts
+
+
+def measure_parts(width: float, resolution: int, batch: int, seconds: float) -> dict[str, Any]:
+    """Our network part by part inside whole runs, one thread; of every part its fastest run."""
+    model = make_models(width)[0]
+    blocks = block_shapes(model)
+    fast = mbv2.optimize_for_inference(model)
+    x = torch.randn(batch, 3, resolution, resolution)
+    runs, peaks = [], []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(runs) < 5:
+        runs.append(torch.ops.mbv2.cpu_network_times(x, fast._packed, fast._plan, fast.isa))
+        peaks.append(torch.ops.mbv2.cpu_fma_rate(fast.isa))
+    best, peak = torch.stack(runs).min(dim=0).values.tolist(), max(peaks)
+    parts = part_work(blocks, model.last_channel, model.num_classes, resolution)
+    for part, taken in zip(parts, best, strict=True):
+        work = part["flop"] * batch
+        moved = part["weight_bytes"] + batch * (part["bytes"] - part["weight_bytes"])
+        part |= {"ms": 1e3 * taken, "gflops": work / taken / 1e9, "gb_per_s": moved / taken / 1e9}
+        part["percent_of_peak"] = 100 * work / taken / peak
+    return {
+        "name": f"{width}_{resolution} batch {batch}, 1 thread, part by part",
+        "peak_gflops": peak / 1e9,
+        "isa": fast.isa,
+        "parts": parts,
+    }
 
 
 def show(result: dict[str, Any]) -> None:
+    handover = f", a cache line goes over in {result['handover_ns']:.0f} ns" if "handover_ns" in result else ""
     print(
         f"\n{result['name']}: {result['rounds']} rounds, {result['isa']}, FMA peak {result['peak_gflops']:.0f} "
-        f"GFLOP/s, load {result['load']:.1f}"
+        f"GFLOP/s, load {result['load']:.1f}{handover}"
     )
     columns = ("min_ms", "median_ms", "p90_ms", "percent_of_peak", "over_ours", "cpu_min_ms", "cpu_median_ms")
     columns += ("cpu_over_ours", "cpu_median_over_ours")
@@ -242,6 +188,35 @@ def show(result: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
+def show_parts(result: dict[str, Any]) -> None:
+    print(f"\n{result['name']}: {result['isa']}, FMA peak {result['peak_gflops']:.0f} GFLOP/s")
+    print(f"{'':<22} {'ms':>9} {'GFLOP/s':>9} {'% peak':>9} {'GB/s':>9}")
+    for part in result["parts"]:
+        figures = (part["ms"], part["gflops"], part["percent_of_peak"], part["gb_per_s"])
+        print(f"{part['name']:<22}" + "".join(f" {figure:9.3f}" for figure in figures))
+    sys.stdout.flush()
+
+
+def summarise(results: list[dict[str, Any]]) -> None:
+    """The peers over ours in time on the core, and batch 32 against the best peer looped over batch 1."""
+    print("\nTime on the core over ours (fastest round; median in brackets)")
+    for result in results:
+        peers = {name: row for name, row in result["rows"].items() if name != "mbv2"}
+        figures = (
+            f"{name} {row['cpu_over_ours']:.2f} ({row['cpu_median_over_ours']:.2f})" for name, row in peers.items()
+        )
+        print(f"{result['name']}: " + ", ".join(figures))
+    single = {
+        result["case"]["batch"]: result
+        for result in results
+        if result["case"] == {**results[0]["case"], "batch": result["case"]["batch"]}
+    }
+    if {1, 32} <= single.keys() and "mbv2" in single[32]["rows"]:
+        best = min((row["cpu_min_ms"], name) for name, row in single[1]["rows"].items() if name != "mbv2")
+        ratio = 32 * best[0] / single[32]["rows"]["mbv2"]["cpu_min_ms"]
+        print(f"{single[32]['name']} against {best[1]} looped over batch 1: {ratio:.2f}")
+
+
 def draw(results: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
@@ -251,37 +226,60 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(len(results), 1, figsize=(8, 2.4 * len(results)), squeeze=False)
     for axis, result in zip(axes[:, 0], results, strict=True):
         names = list(result["rows"])[::-1]
-        axis.barh(names, [result["rows"][name]["min_ms"] for name in names])
-        axis.set_title(f"{result['name']} (fastest round, ms)")
+        axis.barh(names, [result["rows"][name]["cpu_min_ms"] for name in names])
+        axis.set_title(f"{result['name']} (time on the core, fastest round, ms)")
     figure.tight_layout()
     figure.savefig(path)
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions and date of a run."""
+    from mbv2 import doctor
+
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
+        "cpu": doctor.examine()["cpu"],
+        "platform": platform.platform(),
+        "versions": versions,
+    }
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["1.0_224"], help="width_resolution")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--quick", action="store_true", help="1.0_224 at batch 1 and 32, one thread, about 2 minutes")
+    parser.add_argument("--models", nargs="+", help="width_resolution, instead of the usual cases")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32], help="with --models")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1], help="with --models")
     parser.add_argument("--runners", nargs="+", default=list(RUNNERS), choices=list(RUNNERS))
-    parser.add_argument("--seconds", type=float, default=20, help="for each case")
-    parser.add_argument("--tflite", default="", help="float .tflite file; {width} and {resolution} are put in")
+    parser.add_argument("--seconds", type=float, help="for each case (default: 60; 20 with --quick)")
     parser.add_argument("--out", type=Path, help="file name without suffix for .json and .png")
     options = parser.parse_args()
-    if options.tflite:
-        os.environ["MBV2_BENCH_TFLITE"] = options.tflite
-    results = []
-    for model in options.models:
-        width, resolution = model.split("_")
-        for batch in options.batches:
-            for threads in options.threads:
-                case = Case(float(width), int(resolution), batch, threads)
-                with tempfile.TemporaryDirectory() as folder:
-                    results.append(measure(case, options.runners, options.seconds, folder))
-                show(results[-1])
+    seconds = options.seconds or (20 if options.quick else 60)
+    cases = QUICK if options.quick else CASES
+    if options.models:
+        sizes = [model.split("_") for model in options.models]
+        pairs = [(batch, threads) for threads in options.threads for batch in options.batches]
+        cases = [Case(float(width), int(size), *pair) for width, size in sizes for pair in pairs]
+    results, parts = [], []
+    for case in cases:
+        with tempfile.TemporaryDirectory() as folder:
+            results.append(measure(case, options.runners, seconds, folder))
+        show(results[-1])
+    for width, size, batch in dict.fromkeys((case.width, case.resolution, case.batch) for case in cases[:2]):
+        parts.append(measure_parts(width, size, batch, seconds / 4))
+        show_parts(parts[-1])
+    summarise(results)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+        content = {"environment": environment(), "results": results, "parts": parts}
+        options.out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
         draw(results, options.out.with_suffix(".png"))
 
 

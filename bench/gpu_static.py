@@ -53,7 +53,7 @@ def rows(arch: Architecture) -> dict[str, Row]:
 
 
 def choice(static: dict[str, dict[str, Row]], budget: dict[str, Any]) -> dict[str, dict[str, bool]]:
-    """By architecture and "stage bytes stride": whether CUDA C++ issues fewer instructions than Triton."""
+    """By architecture and "stage bytes stride": does CUDA C++ issue fewer instructions than Triton?"""
     table: dict[str, dict[str, bool]] = {}
     for arch, kernels in static.items():
         for name, row in kernels.items():

@@ -22,6 +22,11 @@ LARGEST_FUSED_EXPAND = 192 * 32
 EAGER, COMPILED = (109.4, 148.6), (63.4, 114.7)
 GATE = (29.0, 58.0)
 
+# What blocks may fetch over the distinct sectors. Halos of strips of rows and columns; and for products whose channels
+# take several tiles, each of which reads all of its rows, what L2 delivers over what DRAM does.
+MOST_HALO, MOST_PRODUCT = 1.5, 4.0
+SECTOR = 32  # bytes
+
 FORWARD = ("expand", "depthwise", "project", "bn_finalize", "bn_apply")
 BACKWARD = ("bn_sums", "project_backward", "depthwise_backward", "expand_backward", "bn_backward")
 

@@ -20,6 +20,7 @@ from triton.runtime.errors import TritonError
 
 from bench import launches, workload
 from bench.occupancy import ARCHITECTURES, Architecture
+from bench.plan import MOST_PRODUCT, SECTOR
 from bench.workload import INFERENCE, TRAINING, Call
 from mbv2.kernels import triton as package
 from mbv2.kernels.triton import tuning
@@ -87,6 +88,15 @@ def covers(kernel: str, sizes: dict[str, int], meta: Meta) -> bool:
     return all(sizes[size] <= meta.get(block, sizes[size]) for size, block in _COVERED.get(kernel, {}).items())
 
 
+def overfetches(kernel: str, sizes: dict[str, int], meta: Meta, itemsize: int) -> bool:
+    """Whether blocks would ask L2 for more than `traffic` allows; what that costs is not in the predicted times."""
+    if kernel == "project":
+        read, written = sizes["hidden"], sizes["cout"]
+        return -(-written // meta["BLOCK_N"]) * read + written > MOST_PRODUCT * (read + written)
+    # Tiles that cut rows of channels within a sector both fetch it.
+    return kernel == "bn_sums" and meta["BLOCK_C"] < sizes["channels"] and sizes["channels"] * itemsize % SECTOR != 0
+
+
 def within(kernel: str, entry: dict[str, Any]) -> dict[str, Any]:
     """The entry with bounds on the sizes its tile has to cover."""
     tile = entry["tile"]
@@ -125,6 +135,7 @@ def predicted(kernel: str, sizes: dict[str, int], call: Call, metas: Iterable[Me
             seconds.append(float("inf"))
             continue
         faulty = any(launch.faults() for launch in found if launch.uses(meta))
+        faulty = faulty or overfetches(kernel, sizes, meta, call.args[0].element_size())
         total = sum(launch.seconds() for launch in found)
         seconds.append(total * _FAULTY if faulty else total)
     return seconds

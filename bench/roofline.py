@@ -4,11 +4,11 @@
     python -m bench.roofline --batch 1 256   these batches (default 256)
 
 NOTHING HERE IS TIMED: every time is a prediction. A kernel takes as long as the slower of DRAM (its bytes) and issue
-(its instructions), each at the share of its peak that well-written kernels reach (`bench.occupancy`), plus a microsecond
-to launch. Bytes of training kernels are the sectors that `bench.traffic` counted, instructions those of
-`bench.resources` and `bench.gpu_static` (the row of the same kernel, stride and nearest number of channels). L2 is taken
-to keep nothing between kernels, for everybody. Peers are models: only their least bytes and their launches count, as if
-their kernels were perfect; a peer whose kernels are worse is slower than predicted.
+(its instructions), each at the share of its peak that well-written kernels reach (`bench.occupancy`), plus a
+microsecond to launch. Bytes of training kernels are the sectors that `bench.traffic` counted, instructions those of
+`bench.resources` and `bench.gpu_static` (the row of the same kernel, stride and nearest number of channels). L2 is
+taken to keep nothing between kernels, for everybody. Peers are models: only their least bytes and their launches
+count, as if their kernels were perfect; a peer whose kernels are worse is slower than predicted.
 """
 
 import argparse

@@ -45,9 +45,6 @@ RUN_SIDE = 28
 # are written and read back; or they may be so few bytes that they come back from L2.
 TOLERANCE = 0.1
 L2_SHARE = 16e6
-# What blocks may fetch over the distinct sectors. Halos of strips of rows and columns; and for products whose channels
-# take several tiles, each of which reads all of its rows, what L2 delivers over what DRAM does.
-MOST_HALO, MOST_PRODUCT = 1.5, 4.0
 PRODUCTS = ("expand", "project", "project_backward", "expand_backward")
 
 
@@ -93,7 +90,7 @@ class Stage:
         if self.small > 2 * TOLERANCE * self.planned and self.small * BATCH > 2 * L2_SHARE:
             megabytes = self.small * BATCH / 1e6
             out.append(f"{self.stage}: weights, statistics and partial sums are {megabytes:.0f} MB, too much for L2")
-        if self.blocks > (MOST_PRODUCT if self.stage in PRODUCTS else MOST_HALO):
+        if self.blocks > (plan.MOST_PRODUCT if self.stage in PRODUCTS else plan.MOST_HALO):
             out.append(f"{self.stage}: blocks fetch {self.blocks:.2f} times the distinct sectors of activations")
         return out
 

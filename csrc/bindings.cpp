@@ -16,38 +16,60 @@ using mbv2::cuda::Wish;
 PyObject* describe(const Plan& plan) {
     const mbv2::cuda::FusedParams& p = plan.params;
     const mbv2::cuda::TileShape& tile = mbv2::cuda::kTileShapes[plan.tile];
-    return Py_BuildValue("{s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:L,s:i,s:i,s:L,s:d,s:y#}", "tile", plan.tile, "chunk",
-                         tile.chunk_bytes, "images", p.tile_images, "height", p.tile_height, "width", p.tile_width,
-                         "splits", p.splits, "chunks", p.chunks, "warps", plan.threads / 32, "blocks",
-                         static_cast<long long>(plan.blocks), "threads", plan.threads, "shared_bytes",
-                         plan.shared_bytes, "partial_bytes", static_cast<long long>(plan.partial_bytes),
-                         "microseconds", plan.microseconds, "params", reinterpret_cast<const char*>(&p),
-                         static_cast<Py_ssize_t>(sizeof p));
+    return Py_BuildValue(
+        "{s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:L,s:i,s:i,s:L,s:d,s:y#}", "tile", plan.tile, "chunk", tile.chunk_bytes,
+        "images", p.tile_images, "height", p.tile_height, "width", p.tile_width, "splits", p.splits, "chunks", p.chunks,
+        "warps", plan.threads / 32, "blocks", static_cast<long long>(plan.blocks), "threads", plan.threads,
+        "shared_bytes", plan.shared_bytes, "partial_bytes", static_cast<long long>(plan.partial_bytes), "microseconds",
+        plan.microseconds, "params", reinterpret_cast<const char*>(&p), static_cast<Py_ssize_t>(sizeof p));
 }
 
 PyObject* plan_block(PyObject*, PyObject* args, PyObject* keywords) {
-    static const char* names[] = {"element",    "images",           "height",               "width",
-                                  "inputs",     "hidden",           "outputs",              "stride",
-                                  "expands",    "residual",         "arch",                 "processors",
-                                  "shared_per_block", "shared_per_processor", "tile",       "tile_images",
-                                  "tile_height", "tile_width",      "splits",               nullptr};
+    static const char* names[] = {"element",
+                                  "images",
+                                  "height",
+                                  "width",
+                                  "inputs",
+                                  "hidden",
+                                  "outputs",
+                                  "stride",
+                                  "expands",
+                                  "residual",
+                                  "arch",
+                                  "processors",
+                                  "shared_per_block",
+                                  "shared_per_processor",
+                                  "tile",
+                                  "tile_images",
+                                  "tile_height",
+                                  "tile_width",
+                                  "splits",
+                                  nullptr};
     int element = 0, expands = 0, residual = 0;
     long long images = 0, height = 0, width = 0, inputs = 0, hidden = 0, outputs = 0, stride = 0;
     Gpu gpu = {};
     Wish wish;
     if (!PyArg_ParseTupleAndKeywords(args, keywords, "iLLLLLLLppiiii|iiiii", const_cast<char**>(names), &element,
-                                     &images, &height, &width, &inputs, &hidden, &outputs, &stride, &expands,
-                                     &residual, &gpu.arch, &gpu.processors, &gpu.shared_per_block,
-                                     &gpu.shared_per_processor, &wish.tile, &wish.tile_images, &wish.tile_height,
-                                     &wish.tile_width, &wish.splits)) {
+                                     &images, &height, &width, &inputs, &hidden, &outputs, &stride, &expands, &residual,
+                                     &gpu.arch, &gpu.processors, &gpu.shared_per_block, &gpu.shared_per_processor,
+                                     &wish.tile, &wish.tile_images, &wish.tile_height, &wish.tile_width,
+                                     &wish.splits)) {
         return nullptr;
     }
     if (element < 0 || element >= mbv2::cuda::kElements) {
         PyErr_SetString(PyExc_ValueError, "element is 0 (float16), 1 (bfloat16) or 2 (float32)");
         return nullptr;
     }
-    const BlockShape shape = {static_cast<Element>(element), images, height, width, inputs, hidden, outputs, stride,
-                              expands != 0, residual != 0};
+    const BlockShape shape = {static_cast<Element>(element),
+                              images,
+                              height,
+                              width,
+                              inputs,
+                              hidden,
+                              outputs,
+                              stride,
+                              expands != 0,
+                              residual != 0};
     if (const char* reason = mbv2::cuda::refusal(shape, gpu)) {
         PyErr_SetString(PyExc_ValueError, reason);
         return nullptr;

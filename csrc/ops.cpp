@@ -5,8 +5,6 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <chrono>
 #include <string>
 #include <vector>
 
@@ -30,22 +28,6 @@ cpu::Plan read_plan(const at::Tensor& plan) {
 const cpu::Kernels& kernels_named(const std::string& isa) { return cpu::kernels(isa.c_str()); }
 
 std::string cpu_isa() { return cpu::kernels().name; }
-
-// Floating-point operations per second of one thread's multiply-adds, the best of a few tries of some 0.2 ms.
-double cpu_fma_rate(const std::string& isa) {
-    const cpu::Kernels& kernels = kernels_named(isa);
-    alignas(64) float in[32], out[16];
-    for (int i = 0; i < 32; ++i) in[i] = 0.5f + 0.001f * static_cast<float>(i);
-    constexpr int64_t kSteps = 50000;
-    double best = 0;
-    for (int i = 0; i < 10; ++i) {
-        const auto start = std::chrono::steady_clock::now();
-        kernels.multiply_adds(kSteps, in, out);
-        const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
-        best = std::max(best, 2.0 * kSteps * cpu::kPeakSums * kernels.lanes / taken.count());
-    }
-    return best;
-}
 
 at::Tensor pack_network(at::TensorList weights, const at::Tensor& plan_tensor, const std::string& isa) {
     const cpu::Plan plan = read_plan(plan_tensor);
@@ -101,7 +83,6 @@ at::Tensor network(const at::Tensor& x, const at::Tensor& packed, const at::Tens
 
 TORCH_LIBRARY_FRAGMENT(mbv2, library) {
     library.def("cpu_isa() -> str", cpu_isa);
-    library.def("cpu_fma_rate(str isa) -> float", cpu_fma_rate);
     library.def("cpu_pack_network(Tensor[] weights, Tensor plan, str isa) -> Tensor");
     library.def("cpu_network(Tensor x, Tensor packed, Tensor plan, int classes, str isa) -> Tensor");
 }

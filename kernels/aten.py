@@ -68,7 +68,7 @@ def bn_apply(y: Tensor, bn: Tensor, residual: Tensor | None, relu6: bool) -> Ten
     """scale * y + shift, then ReLU6 if asked, then plus residual; rounded once, to y's type."""
     z = _normalised(y, bn)
     z = F.relu6(z) if relu6 else z
-    return (z if residual is None else z + residual).to(y.dtype)
+    return channels_last((z if residual is None else z + residual).to(y.dtype))
 
 
 def bn_relu6_pool(y: Tensor, bn: Tensor) -> Tensor:
@@ -190,19 +190,19 @@ def pool_backward(grad: Tensor, y: Tensor, bn: Tensor) -> tuple[Tensor, Tensor]:
 
 def stem_folded(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
     """relu6(conv3x3(x) + bias); bias is in the wide type, as in all functions below."""
-    return F.relu6(_conv_bias(x, weight, bias, stride, 1, 1)).to(x.dtype)
+    return channels_last(F.relu6(_conv_bias(x, weight, bias, stride, 1, 1)).to(x.dtype))
 
 
 def pointwise_folded(x: Tensor, weight: Tensor, bias: Tensor, relu6: bool, residual: Tensor | None) -> Tensor:
     """conv1x1(x) + bias, then ReLU6 if asked, then plus residual."""
     y = _conv_bias(x, weight, bias, 1, 0, 1)
     y = F.relu6(y) if relu6 else y
-    return (y if residual is None else y + residual).to(x.dtype)
+    return channels_last((y if residual is None else y + residual).to(x.dtype))
 
 
 def depthwise_folded(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
     """relu6(depthwise3x3(x) + bias)."""
-    return F.relu6(_conv_bias(x, weight, bias, stride, 1, x.shape[1])).to(x.dtype)
+    return channels_last(F.relu6(_conv_bias(x, weight, bias, stride, 1, x.shape[1])).to(x.dtype))
 
 
 def expand_depthwise_folded(x: Tensor, w1: Tensor, b1: Tensor, wd: Tensor, bd: Tensor, stride: int) -> Tensor:

@@ -84,6 +84,11 @@ def backend(name: str) -> Iterator[None]:
         _asked = before
 
 
+def asked() -> str:
+    """The backend asked for: by `backend`, else by MBV2_BACKEND, else "auto"."""
+    return _asked or os.environ.get("MBV2_BACKEND", "auto")
+
+
 def choose(operator: str, x: Tensor, dtype: torch.dtype | None = None) -> str:
     """The name of the backend that runs `operator` on input `x`, computing in `dtype` (x's own, if None).
 
@@ -94,13 +99,13 @@ def choose(operator: str, x: Tensor, dtype: torch.dtype | None = None) -> str:
 
 
 def _choose(operator: str, device: torch.device, dtype: torch.dtype) -> str:
-    asked = _asked or os.environ.get("MBV2_BACKEND", "auto")
-    if asked != "auto":
-        _check_name(asked, "MBV2_BACKEND")
-        reason = _refusal(asked, device, dtype)
+    name = asked()
+    if name != "auto":
+        _check_name(name, "MBV2_BACKEND")
+        reason = _refusal(name, device, dtype)
         if reason is not None:
-            raise BackendError(f"backend {asked!r} cannot run {operator}: {reason}; use backend 'auto' or 'aten'")
-        return asked
+            raise BackendError(f"backend {name!r} cannot run {operator}: {reason}; use backend 'auto' or 'aten'")
+        return name
     for name in available():
         reason = _refusal(name, device, dtype)
         if reason is None:
@@ -111,6 +116,7 @@ def _choose(operator: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 # What torch.compiler.assume_constant_result does, without importing the compiler, which takes seconds.
+asked._dynamo_marked_constant = True
 _choose._dynamo_marked_constant = True
 
 
@@ -138,7 +144,7 @@ def report() -> dict[str, Any]:
 
     return {
         "available": available(),
-        "asked": _asked or os.environ.get("MBV2_BACKEND", "auto"),
+        "asked": asked(),
         "calls": {f"{operator}/{name}": calls for (operator, name), calls in sorted(_calls.items())},
         "failed_checks": {
             f"{stage}/{name} {str(dtype).removeprefix('torch.')} {device}": verdict
@@ -174,7 +180,7 @@ def _stage(name: str, stage: str, x: Tensor) -> Callable[..., Any]:
     if _verdicts[key] is None:
         return function
     message = f"stage {stage} of backend {name!r} failed its first-use check on {x.device} {x.dtype}: {_verdicts[key]}"
-    if (_asked or os.environ.get("MBV2_BACKEND", "auto")) == name:
+    if asked() == name:
         raise BackendError(f"{message}; use backend 'auto' or 'aten'")
     _say_once(f"mbv2: {message}; plain torch takes over for it")
     return plain

@@ -136,6 +136,8 @@ def _(grad, x, y1, y2, y3, bn1, bn2, bn3, w1, wd, w3, stride, residual, constant
 def _save_block(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, w1, gamma1, _, _, _, _, wd, gamma2, _, _, _, _, w3, gamma3, _, mean3, _, _, stride, residual, group = inputs
     ctx.mark_non_differentiable(*output[1:])
+    # Or autograd would make zeros as large as y1, y2 and y3, for gradients that are never read.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, *output[1:], w1, wd, w3)
     ctx.settings = (stride, residual, mean3 is not None, group)
     ctx.types = [None if gamma is None else gamma.dtype for gamma in (gamma1, gamma2, gamma3)]
@@ -212,6 +214,7 @@ def _(grad, x, y, bn, weight, stride, group, need):
 def _save_stem(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, gamma, _, _, _, _, stride, group = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, *output[1:], weight)
     ctx.settings = (stride, group)
     ctx.type = None if gamma is None else gamma.dtype
@@ -270,6 +273,7 @@ def _(grad, x, y, bn, weight, group, need):
 def _save_head(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, gamma, _, _, _, _, group = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, *output[1:], weight)
     ctx.settings = (group,)
     ctx.type = None if gamma is None else gamma.dtype

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from mbv2.kernels import fused, reference
-from mbv2.kernels.dispatch import Backend, choose, count, register
+from mbv2.kernels.cpu import support as cpu_support
+from mbv2.kernels.cuda import support as cuda_support
+from mbv2.kernels.dispatch import Backend, asked, choose, count, register
 from mbv2.kernels.stages import ConvBN
 from mbv2.kernels.triton import support
 
@@ -73,17 +75,32 @@ def head(x: Tensor, conv: ConvBN) -> Tensor:
     return _way("head", x).head(x, conv)
 
 
-def _way(operator: str, x: Tensor) -> ModuleType:
-    """Plain torch, which autograd and compilers see through, or the operators of torch.library."""
+def is_fused(operator: str, x: Tensor) -> bool:
+    """Whether an operator called on `x` now has more to offer than the modules it stands for.
+
+    That is, whether kernels would run it, or plain torch was asked for by name; not where "auto" ends in plain torch.
+
+    Raises:
+        BackendError: a backend was asked for by name and cannot serve this call.
+    """
+    return _choice(operator, x) != "aten" or asked() == "aten"
+
+
+def _choice(operator: str, x: Tensor) -> str:
     # Kernels get autocast's type, whatever the input's is.
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-    else:
-        dtype = x.dtype
-    if choose(operator, x, dtype) != "aten":
+        return choose(operator, x, torch.get_autocast_dtype(x.device.type))
+    return choose(operator, x)
+
+
+def _way(operator: str, x: Tensor) -> ModuleType:
+    """Plain torch, which autograd and compilers see through, or the operators of torch.library."""
+    if _choice(operator, x) != "aten":
         return fused
     count(operator, "aten")
     return reference
 
 
+register("cuda", Backend(cuda_support.refusal, cuda_support.stages))
 register("triton", Backend(support.refusal, support.stages))
+register("cpu", Backend(cpu_support.refusal, cpu_support.stages))

@@ -19,7 +19,7 @@ _N, _SIZE, _IN, _HIDDEN = 2, 8, 16, 32
 
 def disagreement(stage: str, function: Callable[..., Any], dtype: torch.dtype, device: torch.device) -> str | None:
     """Why `function` is not to be trusted as `stage`, or None when it agrees with plain torch on a tiny input."""
-    for arguments in _examples(stage, dtype):
+    for arguments in examples(stage, dtype):
         given = [a.to(device) if isinstance(a, Tensor) else a for a in arguments]
         try:
             results = _listed(function(*given))
@@ -29,12 +29,15 @@ def disagreement(stage: str, function: Callable[..., Any], dtype: torch.dtype, d
         for index, (result, truth) in enumerate(zip(results, expected, strict=True)):
             if (result is None) != (truth is None):
                 return f"result {index} is {'missing' if result is None else 'unexpected'}"
-            if truth is not None and (error := _error(_whole(result.cpu()), _whole(truth))) > _TOLERANCE[dtype]:
-                return f"result {index} differs from plain torch by {error:.1e} (relative)"
+            if truth is None:
+                continue
+            distance = relative_error(whole(result.cpu()), whole(truth))
+            if distance > _TOLERANCE[dtype]:
+                return f"result {index} differs from plain torch by {distance:.1e} (relative)"
     return None
 
 
-def _examples(stage: str, dtype: torch.dtype) -> list[tuple[Any, ...]]:
+def examples(stage: str, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     """Argument lists for `stage`, one for each of its compile-time variants that the network uses."""
     generator = torch.Generator().manual_seed(0)
 
@@ -113,14 +116,14 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, tuple) else [value]
 
 
-def _whole(value: Tensor) -> Tensor:
+def whole(value: Tensor) -> Tensor:
     """Parts of moments or sums put together: how a backend cuts its work is its own business."""
     if value.dim() == 3:
         return aten.merge_moments(value) if value.shape[1] == 3 else value.sum(0)
     return value
 
 
-def _error(result: Tensor, truth: Tensor) -> float:
+def relative_error(result: Tensor, truth: Tensor) -> float:
     """Relative Frobenius error; of a table of statistics, that of its worst row."""
     rows = zip(result.double(), truth, strict=True) if truth.dim() == 2 else [(result.double(), truth)]
     errors = [float((r - t).norm() / t.norm().clamp(min=1e-30)) for r, t in rows]

@@ -16,9 +16,11 @@ __all__ = [
     "MobileNetV2",
     "UserError",
     "Variant",
+    "accelerate",
     "create_model",
     "list_models",
     "optimize_for_inference",
+    "restore",
     "variant_name",
 ]
 
@@ -33,4 +35,8 @@ def __getattr__(name: str) -> object:
         from mbv2.optimized import optimize_for_inference
 
         return optimize_for_inference
+    if name in ("accelerate", "restore"):
+        from mbv2.drop_in import accelerate as drop_in
+
+        return getattr(drop_in, name)
     raise AttributeError(f"module 'mbv2' has no attribute {name!r}")

@@ -144,7 +144,7 @@ def _kernels(device: Any) -> dict[str, Any]:
         "asked": after["asked"],
         "calls": calls,
         "failed_checks": after["failed_checks"],
-        "extension": f"mbv2._C, mbv2.optimize_for_inference on a CPU: {after['cpu_network']}",
+        "extension": f"mbv2._C, for mbv2.optimize_for_inference, eval and infer on a CPU: {after['cpu_network']}",
     }
 
 

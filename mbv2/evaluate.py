@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mbv2.data import Loader, Source
     from mbv2.distributed import World
     from mbv2.model import MobileNetV2
+    from mbv2.optimized import OptimizedMobileNetV2
 
 AMP_DTYPES = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -94,7 +95,7 @@ class EvalOptions:
 
 
 def evaluate_model(
-    model: "MobileNetV2",
+    model: "MobileNetV2 | OptimizedMobileNetV2",
     loader: "Loader",
     world: "World",
     progress: bool = False,
@@ -188,17 +189,19 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(options: EvalOptions, described: dict[str, Any], world: "World") -> None:
     from mbv2.data import choose_loader, make_loader, open_source
+    from mbv2.optimized import fastest
 
     trained = _load(options, described, world)
     source = open_source(options.data_url, "val", trained.class_names if trained.names_are_own else None)
     _check_classes(source, trained, options, world)
     kind, why = choose_loader(options.loader, world.device)
+    dtype = AMP_DTYPES[options.dtype]
+    model, runs = fastest(trained.model, world.device, dtype)
     _say(
         world,
         f"eval: {trained.source}, alpha {trained.model.width_mult:g}, {trained.recipe.resolution} px, "
-        f"{len(source.samples)} pictures, {kind} loader ({why}), {world.world_size} x {world.device.type}",
+        f"{len(source.samples)} pictures, {kind} loader ({why}), {world.world_size} x {world.device.type}, {runs}",
     )
-    model = trained.model.to(world.device, memory_format=torch.channels_last)
     loader = make_loader(
         kind,
         source,
@@ -212,7 +215,7 @@ def _run(options: EvalOptions, described: dict[str, Any], world: "World") -> Non
     per_class = bool(options.per_class_csv or options.confusion_png)
     started = time.perf_counter()
     try:
-        metrics = evaluate_model(model, loader, world, True, per_class, AMP_DTYPES[options.dtype])
+        metrics = evaluate_model(model, loader, world, True, per_class, dtype)
         skipped = int(world.all_reduce_sum(torch.tensor(loader.skipped)))
     finally:
         loader.close()
@@ -224,7 +227,7 @@ def _run(options: EvalOptions, described: dict[str, Any], world: "World") -> Non
         f"eval: {metrics.right1} right of {metrics.count} (top-5: {metrics.right5}), loss {metrics.loss:.4f}, "
         f"{metrics.count / seconds:.1f} img/s" + (f"; skipped {skipped} broken pictures" if skipped else ""),
     )
-    _write_results(options, trained, source, metrics, kind, world, seconds, skipped)
+    _write_results(options, trained, source, metrics, kind, runs, world, seconds, skipped)
     print({"Top_1_Accuracy": metrics.top1, "Top_5_Accuracy": metrics.top5}, flush=True)
 
 
@@ -279,6 +282,7 @@ def _write_results(
     source: "Source",
     metrics: Metrics,
     kind: str,
+    runs: str,
     world: "World",
     seconds: float,
     skipped: int,
@@ -304,6 +308,7 @@ def _write_results(
             "device": world.device.type,
             "processes": world.world_size,
             "dtype": options.dtype,
+            "runs": runs,
             "torch": torch.__version__,
             "seconds": round(seconds, 3),
         }

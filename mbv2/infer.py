@@ -21,6 +21,7 @@ from mbv2.trained import Trained, load_trained
 if TYPE_CHECKING:
     from mbv2.data import Loader, Source
     from mbv2.model import MobileNetV2
+    from mbv2.optimized import OptimizedMobileNetV2
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def find_pictures(data_url: str) -> "Source":
 
 
 def predict(
-    model: "MobileNetV2", loader: "Loader", class_names: Sequence[str], topk: int = 1
+    model: "MobileNetV2 | OptimizedMobileNetV2", loader: "Loader", class_names: Sequence[str], topk: int = 1
 ) -> Iterator[tuple[str, list[Prediction]]]:
     """Yield (picture's name, its `topk` classes best first) in the loader's order.
 
@@ -156,8 +157,10 @@ def _run(
 ) -> dict[str, list[Prediction]]:
     from mbv2.data import make_loader
     from mbv2.data.decode import decode
+    from mbv2.optimized import fastest
 
-    model = trained.model.to(world.device, memory_format=torch.channels_last)
+    model, runs = fastest(trained.model, world.device)
+    print(f"infer: {trained.source}, {world.device.type}, {runs}", file=sys.stderr)
     count = len(pictures.samples)
     loader = make_loader(
         "torch",

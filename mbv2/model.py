@@ -16,6 +16,8 @@ _BLOCKS = (
     (6, 320, 1, 1),
 )
 
+PADDINGS = ("symmetric", "same")
+
 
 def make_divisible(value: float, divisor: int = 8) -> int:
     """Round channels to a multiple of `divisor`, never more than 10% down (TF-slim's and torchvision's rule)."""
@@ -24,18 +26,33 @@ def make_divisible(value: float, divisor: int = 8) -> int:
 
 
 class ConvBNReLU6(nn.Sequential):
-    """Convolution, BatchNorm, ReLU6 under torchvision's names 0, 1, 2: the stem, the head, and a block's parts."""
+    """Convolution, BatchNorm, ReLU6 under torchvision's names 0, 1, 2: the stem, the head, and a block's parts.
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
+    Attributes:
+        turned: the operators see pictures turned by 180 degrees, and so get the 3x3 weights turned as well.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        stride: int = 1,
+        groups: int = 1,
+        turned: bool = False,
+        bn_eps: float = 1e-5,
+    ) -> None:
         super().__init__(
             nn.Conv2d(inputs, outputs, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False),
-            nn.BatchNorm2d(outputs),
+            nn.BatchNorm2d(outputs, eps=bn_eps),
             nn.ReLU6(),
         )
+        self.turned = turned and kernel > 1
 
     def stage(self) -> kernels.ConvBN:
         """This stage's tensors, as the operators take them."""
-        return kernels.ConvBN(self[0].weight, kernels.BatchNorm.of(self[1]))
+        weight = self[0].weight.flip(2, 3) if self.turned else self[0].weight
+        return kernels.ConvBN(weight, kernels.BatchNorm.of(self[1]))
 
 
 class InvertedResidual(nn.Module):
@@ -44,14 +61,23 @@ class InvertedResidual(nn.Module):
     Hooks on the modules inside do not fire, as they are read, not called.
     """
 
-    def __init__(self, inputs: int, outputs: int, stride: int, expand_ratio: int) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        stride: int,
+        expand_ratio: int,
+        turned: bool = False,
+        bn_eps: float = 1e-5,
+    ) -> None:
         super().__init__()
         hidden = round(inputs * expand_ratio)
         self.stride = stride
         self.use_res_connect = stride == 1 and inputs == outputs
-        stages: list[nn.Module] = [] if expand_ratio == 1 else [ConvBNReLU6(inputs, hidden, 1)]
-        stages.append(ConvBNReLU6(hidden, hidden, 3, stride, groups=hidden))
-        self.conv = nn.Sequential(*stages, nn.Conv2d(hidden, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
+        stages: list[nn.Module] = [] if expand_ratio == 1 else [ConvBNReLU6(inputs, hidden, 1, bn_eps=bn_eps)]
+        stages.append(ConvBNReLU6(hidden, hidden, 3, stride, hidden, turned, bn_eps))
+        project = nn.Conv2d(hidden, outputs, 1, bias=False)
+        self.conv = nn.Sequential(*stages, project, nn.BatchNorm2d(outputs, eps=bn_eps))
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, inputs, H, W] -> [N, outputs, ceil(H / stride), ceil(W / stride)]."""
@@ -84,13 +110,26 @@ class MobileNetV2(nn.Module):
         dropout: probability before the classifier.
         class_offset: index of the first real class: 0, or 1 when logit 0 is a background class (TF).
             1001 classes with offset 0 is MindSpore's layout, whose last logit is unused.
+        padding: "symmetric" is one pixel on all sides (torchvision, timm, MindSpore). "same" is TensorFlow's SAME
+            (TF, Keras, Hugging Face), which pads an even picture under stride 2 at the bottom and right only.
+        bn_eps: added to the variance by every BatchNorm; 1e-3 in TensorFlow's networks.
+
+    The operators know symmetric padding only. SAME is symmetric padding of the picture turned by 180 degrees under
+    weights turned likewise, for every size and stride: the model turns the picture once, its stages hand out turned
+    3x3 weights, and the pooling undoes the rest. The parameters themselves keep their orientation.
 
     Raises:
-        ValueError: a count, width or offset that makes no network.
+        ValueError: a count, width, offset, padding or epsilon that makes no network.
     """
 
     def __init__(
-        self, num_classes: int = 1000, width_mult: float = 1.0, dropout: float = 0.2, class_offset: int = 0
+        self,
+        num_classes: int = 1000,
+        width_mult: float = 1.0,
+        dropout: float = 0.2,
+        class_offset: int = 0,
+        padding: str = "symmetric",
+        bn_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         if num_classes < 1 or not width_mult > 0 or class_offset not in (0, 1) or num_classes <= class_offset:
@@ -98,27 +137,41 @@ class MobileNetV2(nn.Module):
                 f"no such MobileNetV2: num_classes {num_classes} (at least 1 beyond class_offset), "
                 f"width_mult {width_mult} (> 0), class_offset {class_offset} (0 or 1)"
             )
+        if padding not in PADDINGS or not 0 < bn_eps < 1:
+            raise ValueError(
+                f"no such MobileNetV2: padding {padding!r} ({' or '.join(PADDINGS)}), bn_eps {bn_eps} (0 < bn_eps < 1)"
+            )
+        self.padding = padding
+        self.bn_eps = bn_eps
         self.num_classes = num_classes
         self.width_mult = width_mult
         self.class_offset = class_offset
         channels = make_divisible(32 * width_mult)
         self.last_channel = make_divisible(1280 * max(1.0, width_mult))
-        features: list[nn.Module] = [Stem(3, channels, 3, 2)]
+        features: list[nn.Module] = [Stem(3, channels, 3, 2, 1, self.turns_picture, bn_eps)]
         for expand_ratio, base, repeats, stride in _BLOCKS:
             outputs = make_divisible(base * width_mult)
             for index in range(repeats):
-                features.append(InvertedResidual(channels, outputs, stride if index == 0 else 1, expand_ratio))
+                step = stride if index == 0 else 1
+                features.append(InvertedResidual(channels, outputs, step, expand_ratio, self.turns_picture, bn_eps))
                 channels = outputs
-        features.append(ConvBNReLU6(channels, self.last_channel, 1))
+        features.append(ConvBNReLU6(channels, self.last_channel, 1, bn_eps=bn_eps))
         self.features = nn.Sequential(*features)
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.last_channel, num_classes))
         self.apply(_initialise)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, 3, H, W], normalised -> logits [N, num_classes]."""
+        if self.turns_picture:
+            x = x.flip(2, 3)
         for stage in self.features[:-1]:
             x = stage(x)
         return self.classifier(kernels.head(x, self.features[-1].stage()))
+
+    @property
+    def turns_picture(self) -> bool:
+        """Whether the stages expect the picture turned by 180 degrees, which is how SAME padding is done."""
+        return self.padding == "same"
 
     @property
     def num_real_classes(self) -> int:

@@ -1,11 +1,13 @@
 """A trained network packed for inference on a CPU: BatchNorm folded, one compiled call from picture to logits."""
 
+import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mbv2.kernels import cpu_network
+from mbv2.errors import UserError
+from mbv2.kernels import BackendError, cpu_network
 from mbv2.model import MobileNetV2
 
 
@@ -17,6 +19,7 @@ class OptimizedMobileNetV2(nn.Module):
 
     Attributes:
         num_classes: all logits, an extra class included.
+        num_real_classes: the logits without the extra class.
         class_offset: index of the first real class.
         isa: the instruction set it is packed for: avx512, avx2 or portable.
     """
@@ -24,10 +27,12 @@ class OptimizedMobileNetV2(nn.Module):
     def __init__(self, model: MobileNetV2) -> None:
         super().__init__()
         self.num_classes = model.num_classes
+        self.num_real_classes = model.num_real_classes
         self.class_offset = model.class_offset
-        self._blocks = _shapes(model)
+        self._blocks = block_shapes(model)
+        self._turns_picture = model.turns_picture
         self._last_channels = model.last_channel
-        self._folded = _fold(model)
+        self._folded = fold(model)
         self._pack()
         self.eval()
 
@@ -41,7 +46,17 @@ class OptimizedMobileNetV2(nn.Module):
             raise RuntimeError(
                 "an optimized network has no gradients: use torch.no_grad(), or the model it was made from"
             )
+        if self._turns_picture:
+            x = x.flip(2, 3)
         return torch.ops.mbv2.cpu_network(x, self._packed, self._plan, self.num_classes, self.isa)
+
+    def real_logits(self, logits: Tensor) -> Tensor:
+        """[N, num_classes] -> [N, num_real_classes], as `MobileNetV2.real_logits`."""
+        return logits[:, self.class_offset : self.class_offset + self.num_real_classes]
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """Labels counted from 0 over the real classes -> indices of the logits, as `MobileNetV2.targets`."""
+        return labels + self.class_offset
 
     def train(self, mode: bool = True) -> "OptimizedMobileNetV2":
         """Stay in evaluation mode.
@@ -71,11 +86,14 @@ class OptimizedMobileNetV2(nn.Module):
         self._packed, self._plan, self.isa = network.packed, network.plan, network.isa
 
 
-def optimize_for_inference(model: MobileNetV2) -> OptimizedMobileNetV2:
-    """Fold BatchNorm, pack the weights for this CPU, and return a module that runs the network in one call.
+def optimize_for_inference(model: MobileNetV2) -> nn.Module:
+    """Fold BatchNorm, pack the weights for the device, and return a module that runs the network fast there.
 
     Args:
-        model: an `mbv2.MobileNetV2` in evaluation mode, float32, on the CPU.
+        model: an `mbv2.MobileNetV2` in evaluation mode: float32 on the CPU, or float16, bfloat16 or float32 on a GPU.
+
+    Returns:
+        An `OptimizedMobileNetV2`, or for a GPU an `mbv2.optimized_cuda.OptimizedCudaMobileNetV2`.
 
     Raises:
         TypeError: another kind of model.
@@ -86,6 +104,11 @@ def optimize_for_inference(model: MobileNetV2) -> OptimizedMobileNetV2:
         raise TypeError(f"optimize_for_inference takes an mbv2.MobileNetV2, not {type(model).__name__}")
     if any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode; call model.eval() first")
+    if model.classifier[-1].weight.device.type == "cuda":
+        from mbv2 import optimized_cuda
+
+        optimized_cuda.check(model)
+        return optimized_cuda.OptimizedCudaMobileNetV2(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and (tensor.dtype != torch.float32 or tensor.device.type != "cpu"):
             raise ValueError(
@@ -95,7 +118,39 @@ def optimize_for_inference(model: MobileNetV2) -> OptimizedMobileNetV2:
     return OptimizedMobileNetV2(model)
 
 
-def _shapes(model: MobileNetV2) -> list[cpu_network.BlockShape]:
+def fastest(
+    model: MobileNetV2, device: torch.device, autocast: torch.dtype | None = None
+) -> tuple[MobileNetV2 | OptimizedMobileNetV2, str]:
+    """What `mbv2 eval` and `mbv2 infer` run, and its name: on a CPU the packed network, unless the environment or
+    this installation says otherwise.
+
+    Args:
+        model: in evaluation mode or not; it is put into evaluation mode.
+        device: where the pictures will be; the model is moved there.
+        autocast: the type of mixed precision, which the packed network has not.
+
+    Raises:
+        UserError: `MBV2_CPU_ISA` names what this machine cannot run.
+    """
+    model = model.eval().to(device, memory_format=torch.channels_last)
+    asked = os.environ.get("MBV2_BACKEND", "auto")
+    if device.type != "cpu":
+        return model, f"operators on {device.type}"
+    if asked != "auto":
+        return model, f"operators one by one, as MBV2_BACKEND={asked}"
+    if autocast is not None:
+        return model, "operators one by one, for mixed precision"
+    if cpu_network.refusal() is not None:
+        return model, "operators one by one, as this installation has no compiled kernels (mbv2 doctor says why)"
+    try:
+        fast = optimize_for_inference(model)
+    except BackendError as error:
+        raise UserError(str(error)) from error
+    return fast, f"one compiled network ({fast.isa})"
+
+
+def block_shapes(model: MobileNetV2) -> list[cpu_network.BlockShape]:
+    """The blocks of `model` in order, as `cpu_network.pack` takes them."""
     return [
         cpu_network.BlockShape(
             project.weight.shape[1] if expand is None else expand.weight.shape[1],
@@ -110,7 +165,10 @@ def _shapes(model: MobileNetV2) -> list[cpu_network.BlockShape]:
 
 
 @torch.no_grad()
-def _fold(model: MobileNetV2) -> list[Tensor]:
+def fold(model: MobileNetV2) -> list[Tensor]:
+    """Weight and bias of every convolution and of the classifier with BatchNorm folded in, as `cpu_network.pack` takes
+    them.
+    """
     stages = [model.features[0].stage()]
     for block in model.features[1:-1]:
         stages += [stage for stage in block.stages() if stage is not None]

@@ -71,6 +71,7 @@ def load_trained(
         resolution=resize or int(meta.get("resolution") or 224),
         mean=_three(mean or meta.get("mean"), Recipe.mean, "--mean"),
         std=_three(std or meta.get("std"), Recipe.std, "--std"),
+        squeeze=bool(meta.get("squeeze", False)),
     )
     return Trained(model.eval(), names, own, recipe, weights.source)
 

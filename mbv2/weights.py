@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mbv2.errors import UserError
 from mbv2.files import write_atomic
-from mbv2.model import MobileNetV2, make_divisible
+from mbv2.model import PADDINGS, MobileNetV2, make_divisible
 
 _WIDTHS = (0.1, 0.25, 0.35, 0.5, 0.75, 1.0, 1.1, 1.2, 1.3, 1.4)
 
@@ -22,7 +22,8 @@ _WIDTHS = (0.1, 0.25, 0.35, 0.5, 0.75, 1.0, 1.1, 1.2, 1.3, 1.4)
 class Weights:
     """A state_dict in torchvision's names, and what is known of it.
 
-    `meta` may hold alpha, resolution, num_classes, class_offset, class_names, class_synsets, mean and std.
+    `meta` may hold alpha, resolution, num_classes, class_offset, class_names, class_synsets; padding and bn_eps (see
+    `MobileNetV2`); mean, std and squeeze (see `Recipe`).
     """
 
     state_dict: dict[str, Tensor]
@@ -42,6 +43,23 @@ def read_weights(path: str | Path) -> Weights:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no weights file at {path}; give the path of a .pth, .safetensors or .ckpt file")
+    state, meta = read_tensors(path)
+    if "classifier.1.weight" not in state:
+        raise UserError(
+            f"{path}: no MobileNetV2 in torchvision's parameter names (no classifier.1.weight); "
+            f"if another library wrote it, try mbv2 convert {path} {path.stem}.safetensors"
+        )
+    return Weights(state, meta, str(path))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a `.pth`/`.pt` or `.safetensors` file in whatever names it has, and our `meta` if it has one.
+
+    Nothing in the file is executed.
+
+    Raises:
+        UserError: damaged, or no dict of tensors.
+    """
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
@@ -67,10 +85,12 @@ def read_weights(path: str | Path) -> Weights:
             break
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a state_dict of MobileNetV2")
-    state = {key.removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)}
-    if "classifier.1.weight" not in state:
-        raise UserError(f"{path}: no MobileNetV2 in torchvision's parameter names (no classifier.1.weight)")
-    return Weights(state, meta, str(path))
+    state = {
+        str(key).removeprefix("module."): value
+        for key, value in content.items()
+        if isinstance(value, Tensor) and value.layout == torch.strided
+    }
+    return state, meta
 
 
 def save_weights(path: str | Path, state_dict: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -105,6 +125,21 @@ def published(name: str) -> Weights:
     return Weights(state, meta, chosen.url)
 
 
+def conventions(meta: dict[str, Any]) -> dict[str, Any]:
+    """The padding and bn_eps that weights were trained with, as arguments of `MobileNetV2`; torch's where not said.
+
+    Raises:
+        UserError: `meta` names a padding or an epsilon that there is not.
+    """
+    padding, eps = meta.get("padding", "symmetric"), meta.get("bn_eps", 1e-5)
+    if padding not in PADDINGS or not isinstance(eps, float) or not 0 < eps < 1:
+        raise UserError(
+            f"the weights' metadata say padding {padding!r}, bn_eps {eps!r}; there is padding "
+            f"{' or '.join(PADDINGS)}, and bn_eps between 0 and 1: write the file anew with mbv2 convert"
+        )
+    return {"padding": padding, "bn_eps": eps}
+
+
 def load_into(model: MobileNetV2, weights: Weights, fine_tune: bool = False) -> str:
     """Load `weights` into `model` strictly.
 
@@ -117,12 +152,20 @@ def load_into(model: MobileNetV2, weights: Weights, fine_tune: bool = False) -> 
         A sentence on what was loaded.
 
     Raises:
-        UserError: missing or unexpected parameters, or shapes of another width or class count.
+        UserError: missing or unexpected parameters, shapes of another width or class count, or weights trained with
+            another padding or BatchNorm epsilon.
     """
     state = dict(weights.state_dict)
     source = weights.source or "weights"
     theirs, ours = state["classifier.1.weight"].shape[0], model.num_classes
     note = ""
+    for name, value in conventions(weights.meta).items():
+        # What the file does not say cannot contradict.
+        if name in weights.meta and value != getattr(model, name):
+            raise UserError(
+                f"{source}: trained with {name} {value}, but this network has {getattr(model, name)}; "
+                f"build it with MobileNetV2({name}={value!r})"
+            )
     if theirs != ours and fine_tune:
         del state["classifier.1.weight"], state["classifier.1.bias"]
         note = f"; the classifier for {theirs} classes was replaced by a fresh one for {ours}"
@@ -161,14 +204,14 @@ def model_from_weights(
     weights = path if isinstance(path, Weights) else read_weights(path)
     meta = dict(weights.meta)
     if alpha is None:
-        alpha = meta.get("alpha") or _guess_width(weights)
+        alpha = meta.get("alpha") or guess_width(weights)
     if num_classes is None:
         num_classes = weights.state_dict["classifier.1.weight"].shape[0]
     if class_offset is None:
         class_offset = int(meta.get("class_offset", 0))
-    model = MobileNetV2(num_classes, alpha, class_offset=class_offset)
+    model = MobileNetV2(num_classes, alpha, class_offset=class_offset, **conventions(meta))
     load_into(model, weights)
-    meta.update(alpha=alpha, num_classes=num_classes, class_offset=class_offset)
+    meta.update(alpha=alpha, num_classes=num_classes, class_offset=class_offset, **conventions(meta))
     return model, meta
 
 
@@ -182,7 +225,7 @@ def fingerprint(state_dict: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _read_safetensors(path: Path) -> Weights:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -192,12 +235,12 @@ def _read_safetensors(path: Path) -> Weights:
         meta = json.loads(text)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable .safetensors file ({error})") from error
-    if "classifier.1.weight" not in state or not isinstance(meta, dict):
-        raise UserError(f"{path}: no MobileNetV2 in torchvision's parameter names (no classifier.1.weight)")
-    return Weights(state, meta, str(path))
+    if not isinstance(meta, dict):
+        raise UserError(f"{path}: its mbv2 metadata are no mapping; write it anew with mbv2 convert")
+    return state, meta
 
 
-def _guess_width(weights: Weights) -> float:
+def guess_width(weights: Weights) -> float:
     """The published width multiplier whose channel counts these tensors have."""
     state = weights.state_dict
     try:

@@ -78,7 +78,8 @@ def create_model(
         name: one of `list_models()`.
         pretrained: False for fresh weights, a path to a weights file, or True for torchvision's published ones
             (1.0_224 only), downloaded once into torch.hub's cache.
-        num_classes: all logits; a pretrained classifier of another size is replaced by a fresh one.
+        num_classes: all logits; a pretrained classifier of another size is replaced by a fresh one. Padding and
+            BatchNorm's epsilon are those the weights were trained with.
         class_offset: see `MobileNetV2`.
         dropout: probability before the classifier.
 
@@ -90,9 +91,11 @@ def create_model(
 
     if name not in VARIANTS:
         raise UserError(f"no model {name!r}; choose one of {', '.join(VARIANTS)}")
-    model = MobileNetV2(num_classes, VARIANTS[name].alpha, dropout, class_offset)
-    if pretrained is True:
-        weights.load_into(model, weights.published(name), fine_tune=True)
-    elif pretrained:
-        weights.load_into(model, weights.read_weights(pretrained), fine_tune=True)
+    given = None
+    if pretrained:
+        given = weights.published(name) if pretrained is True else weights.read_weights(pretrained)
+    conventions = weights.conventions(given.meta if given else {})
+    model = MobileNetV2(num_classes, VARIANTS[name].alpha, dropout, class_offset, **conventions)
+    if given:
+        weights.load_into(model, given, fine_tune=True)
     return model

@@ -57,7 +57,7 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[Gpu]:
 def shared_data() -> Path:
     """The folder of real weights and pictures; it is no part of the repository."""
     default = Path(__file__).resolve().parents[1].parent / "shared" / "data"
-    folder = Path(os.environ.get("MBV2_TEST_DATA", default))
+    folder = Path(os.environ.get("MBV2_TEST_DATA") or default)
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder} (set MBV2_TEST_DATA)")
     return folder

@@ -1,6 +1,7 @@
 """The compiled network on a CPU against the model in float64: every instruction set, odd shapes, special values."""
 
 import copy
+import json
 import pickle
 import platform
 import shutil
@@ -16,11 +17,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mbv2
-from mbv2 import doctor, kernels
+from mbv2 import doctor, evaluate, kernels, optimized
 from mbv2.kernels import cpu_network
 
 ROOT = Path(__file__).resolve().parents[1]
 ISAS = [] if cpu_network.refusal() else cpu_network.usable_isas()
+
+KERNELS = ROOT / "csrc" / "cpu"
+NETWORK = [
+    KERNELS / f"{name}.cpp" for name in ("isa", "kernels_avx2", "kernels_avx512", "kernels_portable", "network", "pack")
+]
+X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 pytestmark = pytest.mark.skipif(not ISAS, reason=f"{cpu_network.refusal()}")
 
@@ -269,33 +276,106 @@ def test_importing_the_package_does_not_load_the_compiled_module() -> None:
     assert subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT).returncode == 0
 
 
-@pytest.mark.slow
-def test_the_kernels_run_clean_under_the_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
+def compiler_or_skip() -> str:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
-    folder = ROOT / "csrc" / "cpu"
+    return compiler
+
+
+def build(sources: list[Path], flags: list[str], isa_flags: dict[str, list[str]], program: Path) -> None:
+    """Compile `sources`, each with `flags` and its own of `isa_flags`, and link them to `program`."""
+    command = [compiler_or_skip(), "-std=c++20", "-w", f"-I{KERNELS}", *flags]
+
+    def compile_one(source: Path) -> str:
+        target = program.parent / f"{source.stem}.o"
+        own = isa_flags.get(source.stem, [])
+        subprocess.run([*command, *own, "-c", str(source), "-o", str(target)], check=True, capture_output=True)
+        return str(target)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, sources))
+    subprocess.run([*command, *objects, "-pthread", "-o", str(program)], check=True)
+
+
+def run_built(program: Path) -> int:
+    """The first number that `program` prints, if it succeeds."""
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return int(done.stdout.split()[0])
+
+
+@pytest.mark.slow
+def test_the_kernels_run_clean_under_the_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
+    program = tmp_path / "sanitized"
     probe = subprocess.run(
-        [compiler, "-xc++", "-", "-fsanitize=address,undefined", "-o", str(tmp_path / "probe")],
+        [compiler_or_skip(), "-xc++", "-", "-fsanitize=address,undefined", "-o", str(tmp_path / "probe")],
         input=b"int main() {}",
         capture_output=True,
     )
     if probe.returncode != 0:
         pytest.skip("this g++ has no sanitizers")
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
     isa_flags = {"kernels_avx512": ["-mavx512f", "-mavx512dq", "-mfma"], "kernels_avx2": ["-mavx2", "-mfma"]}
-    flags = ["-std=c++20", "-O1", "-g1", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    build([*NETWORK, ROOT / "tests" / "cpu_network_sanitized.cpp"], flags, isa_flags if X86 else {}, program)
+    assert run_built(program) >= 63
 
-    def build(source: Path) -> str:
-        target = tmp_path / f"{source.stem}.o"
-        own = isa_flags.get(source.stem, []) if x86 else []
-        subprocess.run([compiler, *flags, *own, f"-I{folder}", "-c", str(source), "-o", str(target)], check=True)
-        return str(target)
 
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(build, [*sorted(folder.glob("*.cpp")), ROOT / "tests" / "cpu_network_sanitized.cpp"]))
-    program = tmp_path / "sanitized"
-    subprocess.run([compiler, *flags, *objects, "-pthread", "-o", str(program)], check=True)
-    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert int(done.stdout.split()[0]) >= 63
+@pytest.mark.slow
+def test_the_avx512_kernels_through_simde_are_the_portable_ones_on_any_machine(tmp_path: Path) -> None:
+    probe = [compiler_or_skip(), "-xc++", "-E", "-"]
+    if subprocess.run(probe, input=b"#include <simde/x86/avx512.h>\n", capture_output=True).returncode != 0:
+        pytest.skip("no SIMDe headers (Debian: apt-get install libsimde-dev)")
+    native = ["-mavx2", "-mfma"] if "avx2" in ISAS else []
+    program = tmp_path / "simde"
+    sources = [KERNELS / f"{name}.cpp" for name in ("kernels_portable", "network", "pack", "kernels_avx512")]
+    isa_flags = {"kernels_avx512": ["-DMBV2_SIMDE", *native]}
+    build([*sources, ROOT / "tests" / "cpu_network_simde.cpp"], ["-O1"], isa_flags, program)
+    assert run_built(program) == 42
+
+
+def test_eval_and_infer_run_it_on_a_cpu_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MBV2_BACKEND", raising=False)
+    model, x, cpu = trained(0.35), torch.randn(2, 3, 32, 32), torch.device("cpu")
+    with torch.no_grad():
+        wanted = model(x)
+        fast, runs = optimized.fastest(model, cpu)
+        assert isinstance(fast, optimized.OptimizedMobileNetV2)
+        assert cpu_network.isa() in runs
+        torch.testing.assert_close(fast(x), wanted, rtol=1e-4, atol=1e-5)
+        assert torch.equal(fast.real_logits(wanted), model.real_logits(wanted))
+        assert torch.equal(fast.targets(torch.arange(3)), model.targets(torch.arange(3)))
+        assert fast.num_real_classes == model.num_real_classes
+        assert optimized.fastest(model, cpu, torch.bfloat16)[0] is model
+        monkeypatch.setenv("MBV2_BACKEND", "aten")
+        plain, runs = optimized.fastest(model, cpu)
+        assert plain is model
+        assert "MBV2_BACKEND=aten" in runs
+    monkeypatch.setenv("MBV2_BACKEND", "auto")
+    monkeypatch.setenv("MBV2_CPU_ISA", "abacus")
+    with pytest.raises(mbv2.UserError, match="abacus"):
+        optimized.fastest(model, cpu)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "count"), [("nips17_ccby_299", 700), ("ilsvrc_val_227", 1000)])
+def test_on_real_pictures_it_names_the_classes_that_plain_torch_names(
+    shared_data: Path, name: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = shared_data / "weights" / "mobilenet_v2_torchvision_qnnpack_dequant_unitvar.pth"
+    found = []
+    for backend in ("auto", "aten"):
+        monkeypatch.setenv("MBV2_BACKEND", backend)
+        result = tmp_path / f"{backend}.json"
+        pictures = shared_data / "eval" / name
+        arguments = ["--pretrained", weights, "--data_url", pictures, "--json", result, "--num_parallel_workers", 0]
+        assert evaluate.main([str(argument) for argument in arguments]) == 0
+        found.append(json.loads(result.read_text()))
+    fast, plain = found
+    assert "compiled network" in fast["runs"]
+    assert plain["runs"].endswith("MBV2_BACKEND=aten")
+    assert fast["count"] == plain["count"] == count
+    # A logit that is a tie to the last bit may fall either way.
+    assert abs(fast["top1_right"] - plain["top1_right"]) <= 1
+    assert abs(fast["top5_right"] - plain["top5_right"]) <= 1
+    assert abs(fast["loss"] - plain["loss"]) < 1e-4

@@ -117,6 +117,13 @@ def test_any_shape_and_strides_give_the_reference_results(
     assert out.stride() == (shape[1] * shape[2] * shape[3], 1, shape[3] * shape[1], shape[1])
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_output_of_a_picture_of_one_pixel_has_exact_strides(training: bool) -> None:
+    block = block_of((2, 2, 1, 6)).train(training)
+    out = fused.inverted_residual(torch.randn(2, 2, 1, 1, dtype=torch.float64), *arguments(block))
+    assert out.stride() == (2, 1, 2, 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_low_precision_is_as_accurate_as_eager(dtype: torch.dtype) -> None:
     block = block_of((8, 8, 1, 6)).train()

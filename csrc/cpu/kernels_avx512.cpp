@@ -1,8 +1,14 @@
-// AVX-512F: 16 lanes, 32 registers.
+// AVX-512F: 16 lanes, 32 registers. With MBV2_SIMDE the intrinsics come from SIMDe, so that tests can run these kernels
+// on machines without the instructions.
 #include "kernels.h"
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(MBV2_SIMDE)
+#ifdef MBV2_SIMDE
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+#else
 #include <immintrin.h>
+#endif
 
 #include "microkernels.h"
 
@@ -12,7 +18,10 @@ namespace {
 struct Avx512 {
     using Type = __m512;
     static constexpr int lanes = 16;
+    static constexpr int panel = 2;
     static constexpr int rows[3] = {14, 14, 9};
+    static constexpr int unroll = 4;
+    static constexpr int lines_ahead = 0;
 
     static Type zero() { return _mm512_setzero_ps(); }
     static Type load(const float* p) { return _mm512_load_ps(p); }
@@ -23,6 +32,12 @@ struct Avx512 {
     static Type scale(Type a, float b) { return _mm512_mul_ps(a, _mm512_set1_ps(b)); }
     // The instruction returns its second operand if either is NaN.
     static Type relu6(Type x) { return _mm512_min_ps(_mm512_set1_ps(6.0f), _mm512_max_ps(zero(), x)); }
+
+    template <int N>
+    static void add_products(Type (&sums)[N], const float* x, const Type (&weights)[N]) {
+        const Type value = broadcast(x);
+        for (int v = 0; v < N; ++v) sums[v] = fma(value, weights[v], sums[v]);
+    }
 };
 
 constexpr Kernels kKernels = kernels_of<Avx512>("avx512");

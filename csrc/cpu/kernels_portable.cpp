@@ -7,7 +7,10 @@ namespace {
 struct Portable {
     typedef float Type __attribute__((vector_size(16)));
     static constexpr int lanes = 4;
+    static constexpr int panel = 2;
     static constexpr int rows[3] = {8, 5, 3};
+    static constexpr int unroll = 4;
+    static constexpr int lines_ahead = 0;
 
     static Type zero() { return Type{}; }
     static Type load(const float* p) { return *reinterpret_cast<const Type*>(p); }
@@ -20,6 +23,12 @@ struct Portable {
         const Type least = {}, most = least + 6.0f;
         x = x < least ? least : x;
         return x > most ? most : x;
+    }
+
+    template <int N>
+    static void add_products(Type (&sums)[N], const float* x, const Type (&weights)[N]) {
+        const Type value = broadcast(x);
+        for (int v = 0; v < N; ++v) sums[v] = fma(value, weights[v], sums[v]);
     }
 };
 

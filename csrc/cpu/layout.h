@@ -10,12 +10,13 @@ constexpr int64_t kStemInputs = 27;
 // Sections of the packed weights, each aligned to 64 bytes, handed out in the order of `weight_sizes`.
 class Sections {
  public:
-    explicit Sections(const Kernels& kernels, const float* packed = nullptr) : lanes_(kernels.lanes), packed_(packed) {}
+    explicit Sections(const Kernels& kernels, const float* packed = nullptr)
+        : lanes_(kernels.lanes), panel_(kernels.panel), packed_(packed) {}
 
     Pointwise pointwise(int64_t inputs, int64_t outputs, bool relu6) {
         const int64_t vectors = ceil_div(outputs, lanes_);
         const float* weights = take(vectors * lanes_ * inputs);
-        return {weights, take(vectors * lanes_), inputs, vectors, relu6};
+        return {weights, take(vectors * lanes_), inputs, Panels(vectors, panel_), relu6};
     }
 
     const float* depthwise(int64_t channels) { return take(ceil_div(channels, lanes_) * lanes_ * 10); }
@@ -30,6 +31,7 @@ class Sections {
     }
 
     int64_t lanes_;
+    int panel_;
     const float* packed_;
     int64_t taken_ = 0;
 };

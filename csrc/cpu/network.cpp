@@ -1,6 +1,7 @@
 #include "network.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -62,7 +63,7 @@ struct BlockRun {
     int64_t out_height() const { return (height - 1) / stride + 1; }
     int64_t out_width() const { return (width - 1) / stride + 1; }
     int64_t lanes() const { return kernels.lanes; }
-    int64_t channels() const { return expand.vectors * lanes(); }
+    int64_t channels() const { return expand.panels.vectors * lanes(); }
 
     // Whether the shortcut is the stem's output, which is nowhere but in the hidden rows.
     bool adds_stem() const { return residual && stem != nullptr; }
@@ -101,17 +102,10 @@ struct BlockRun {
     // Output rows [first, last) of the depthwise convolution of one panel; the first goes to the start of `to`.
     void convolve(int64_t panel, int64_t first, int64_t last, int64_t ring, const float* hidden, float* to,
                   int64_t to_plane) const {
-        const Depthwise conv = {depthwise_weights, stride, width, out_width()};
-        for (int64_t v = 0; v < panel_vectors(expand.vectors, panel); ++v) {
+        const Depthwise conv = {depthwise_weights, stride, height, width, out_width(), ring};
+        for (int64_t v = 0; v < expand.panels.size(panel); ++v) {
             const float* plane = hidden + v * ring * width * lanes();
-            for (int64_t y = first; y < last; ++y) {
-                const float* rows[3];
-                for (int64_t r = 0; r < 3; ++r) {
-                    const int64_t row = y * stride + r - 1;
-                    rows[r] = row < 0 || row >= height ? nullptr : plane + row % ring * width * lanes();
-                }
-                kernels.depthwise(conv, 2 * panel + v, rows, to + v * to_plane + (y - first) * out_width() * lanes());
-            }
+            kernels.depthwise(conv, expand.panels.first(panel) + v, plane, first, last, to + v * to_plane);
         }
     }
 
@@ -119,7 +113,7 @@ struct BlockRun {
     void finish(int64_t panel, int64_t first, int64_t last, const float* tile, int64_t tile_first,
                 int64_t tile_plane) const {
         const int64_t plane = out_height() * out_width() * lanes();
-        const int64_t offset = 2 * panel * plane + first * lanes();
+        const int64_t offset = project.panels.first(panel) * plane + first * lanes();
         kernels.pointwise(project, panel, tile + (first - tile_first) * lanes(), tile_plane, last - first, out + offset,
                           plane, residual ? in + offset : nullptr, plane);
     }
@@ -127,9 +121,9 @@ struct BlockRun {
     // The same for one row of the first block with a shortcut.
     void finish_on_stem(int64_t panel, int64_t y, const float* tile, int64_t tile_plane, const float* hidden,
                         int64_t ring) const {
-        const int64_t row = width * lanes(), plane = height * row;
-        kernels.pointwise(project, panel, tile, tile_plane, width, out + 2 * panel * plane + y * row, plane,
-                          hidden + 2 * panel * ring * row + y % ring * row, ring * row);
+        const int64_t row = width * lanes(), plane = height * row, vector = project.panels.first(panel);
+        kernels.pointwise(project, panel, tile, tile_plane, width, out + vector * plane + y * row, plane,
+                          hidden + vector * ring * row + y % ring * row, ring * row);
     }
 
     // Output rows [begin, end), tile by tile.
@@ -139,17 +133,18 @@ struct BlockRun {
         const int64_t ring = std::min(height, (step - 1) * stride + 3);
         const int64_t tile_plane = step * out_width() * lanes();
         float* hidden = scratch.hidden.get((whole ? 3 * lanes() : channels()) * ring * width);
-        float* tile = scratch.tile.get(expand.vectors * tile_plane);
+        float* tile = scratch.tile.get(expand.panels.vectors * tile_plane);
         int64_t done = std::max<int64_t>(0, begin * stride - 1);
         for (int64_t y = begin; y < end; y += step) {
             const int64_t last = std::min(y + step, end), needed = std::min(height, (last - 1) * stride + 2);
-            for (int64_t p = 0; p < panels(expand.vectors); ++p) {
-                float* held = whole ? hidden : hidden + 2 * p * ring * width * lanes();
+            for (int64_t p = 0; p < expand.panels.count; ++p) {
+                const int64_t vector = expand.panels.first(p);
+                float* held = whole ? hidden : hidden + vector * ring * width * lanes();
                 make_hidden(p, done, needed, ring, held);
-                convolve(p, y, last, ring, held, tile + 2 * p * tile_plane, tile_plane);
+                convolve(p, y, last, ring, held, tile + vector * tile_plane, tile_plane);
             }
             done = needed;
-            for (int64_t p = 0; p < panels(project.vectors); ++p) {
+            for (int64_t p = 0; p < project.panels.count; ++p) {
                 if (adds_stem()) {
                     for (int64_t row = y; row < last; ++row) {
                         finish_on_stem(p, row, tile + (row - y) * width * lanes(), tile_plane, hidden, ring);
@@ -160,6 +155,26 @@ struct BlockRun {
             }
         }
     }
+};
+
+// Adds the time since it was made or last asked to a part.
+class Watch {
+ public:
+    explicit Watch(Times* times) : times_(times) {
+        if (times_ != nullptr) start_ = Clock::now();
+    }
+
+    void part(int64_t index) {
+        if (times_ == nullptr) return;
+        const Clock::time_point now = Clock::now();
+        times_->parts[index] += std::chrono::duration<double>(now - start_).count();
+        start_ = now;
+    }
+
+ private:
+    using Clock = std::chrono::steady_clock;
+    Times* times_;
+    Clock::time_point start_;
 };
 
 template <class Body>
@@ -179,16 +194,16 @@ void run_block(const BlockRun& block, const Threads& threads) {
         return parallel(threads, height, [&](int64_t begin, int64_t end) { block.rows(begin, end); });
     }
     const int64_t pixels = height * block.out_width(), plane = pixels * block.lanes();
-    float* tile = scratch.shared.get(block.expand.vectors * plane);
-    parallel(threads, panels(block.expand.vectors), [&](int64_t begin, int64_t end) {
+    float* tile = scratch.shared.get(block.expand.panels.vectors * plane);
+    parallel(threads, block.expand.panels.count, [&](int64_t begin, int64_t end) {
         float* hidden = scratch.hidden.get(3 * block.lanes() * block.height * block.width);
         for (int64_t p = begin; p < end; ++p) {
             block.make_hidden(p, 0, block.height, block.height, hidden);
-            block.convolve(p, 0, height, block.height, hidden, tile + 2 * p * plane, plane);
+            block.convolve(p, 0, height, block.height, hidden, tile + block.expand.panels.first(p) * plane, plane);
         }
     });
     const int64_t pieces = std::min<int64_t>(threads.count, ceil_div(pixels, 8));
-    parallel(threads, panels(block.project.vectors) * pieces, [&](int64_t begin, int64_t end) {
+    parallel(threads, block.project.panels.count * pieces, [&](int64_t begin, int64_t end) {
         for (int64_t unit = begin; unit < end; ++unit) {
             const int64_t piece = unit % pieces;
             block.finish(unit / pieces, pixels * piece / pieces, pixels * (piece + 1) / pieces, tile, 0, plane);
@@ -209,14 +224,14 @@ int64_t activation_size(const Plan& plan, int64_t lanes, int64_t height, int64_t
 
 // Everything up to the pooled features of picture `n`, into planes [last channels / lanes][batch][lanes].
 void features(const Plan& plan, const Network& network, const Kernels& kernels, const Image& image, int64_t n,
-              const Threads& threads, float* pooled) {
+              const Threads& threads, float* pooled, Watch& watch) {
     const int64_t lanes = kernels.lanes;
     int64_t height = halved(image.height), width = halved(image.width);
     const int64_t size = activation_size(plan, lanes, height, width);
     float* in = scratch.activations[0].get(size);
     float* out = scratch.activations[1].get(size);
     const Pointwise& first = network.expand[0];
-    const Stem stem = {first.weights,        first.bias,       first.vectors,       image.data + n * image.batch_stride,
+    const Stem stem = {first.weights,        first.bias,       first.panels,        image.data + n * image.batch_stride,
                        image.channel_stride, image.row_stride, image.column_stride, image.height,
                        image.width};
     for (int64_t i = 0; i < plan.block_count; ++i) {
@@ -232,29 +247,32 @@ void features(const Plan& plan, const Network& network, const Kernels& kernels, 
                                 plan.blocks[i].stride,
                                 plan.blocks[i].residual};
         run_block(block, threads);
+        watch.part(i);
         height = block.out_height();
         width = block.out_width();
         std::swap(in, out);
     }
     const int64_t pixels = height * width;
-    parallel(threads, panels(network.head.vectors), [&](int64_t begin, int64_t end) {
+    parallel(threads, network.head.panels.count, [&](int64_t begin, int64_t end) {
         float* hidden = scratch.hidden.get(3 * lanes * pixels);
         for (int64_t p = begin; p < end; ++p) {
             kernels.pointwise(network.head, p, in, pixels * lanes, pixels, hidden, pixels * lanes, nullptr, 0);
-            for (int64_t v = 0; v < panel_vectors(network.head.vectors, p); ++v) {
-                kernels.mean(hidden + v * pixels * lanes, pixels, pooled + ((2 * p + v) * image.batch + n) * lanes);
+            for (int64_t v = 0; v < network.head.panels.size(p); ++v) {
+                kernels.mean(hidden + v * pixels * lanes, pixels,
+                             pooled + ((network.head.panels.first(p) + v) * image.batch + n) * lanes);
             }
         }
     });
+    watch.part(plan.block_count);
 }
 
 void classify(const Plan& plan, const Network& network, const Kernels& kernels, const float* pooled, int64_t batch,
               const Threads& threads, float* logits) {
     const int64_t lanes = kernels.lanes;
-    float* planes = scratch.logits.get(network.classifier.vectors * lanes * batch);
-    parallel(threads, panels(network.classifier.vectors), [&](int64_t begin, int64_t end) {
+    float* planes = scratch.logits.get(network.classifier.panels.vectors * lanes * batch);
+    parallel(threads, network.classifier.panels.count, [&](int64_t begin, int64_t end) {
         for (int64_t p = begin; p < end; ++p) {
-            float* to = planes + 2 * p * batch * lanes;
+            float* to = planes + network.classifier.panels.first(p) * batch * lanes;
             kernels.pointwise(network.classifier, p, pooled, batch * lanes, batch, to, batch * lanes, nullptr, 0);
         }
     });
@@ -269,19 +287,22 @@ void classify(const Plan& plan, const Network& network, const Kernels& kernels, 
 }  // namespace
 
 void run(const Plan& plan, const Kernels& kernels, const float* packed, const Image& image, const Threads& threads,
-         float* logits) {
+         float* logits, Times* times) {
     const Network network(plan, kernels, packed);
-    float* pooled = scratch.pooled.get(network.head.vectors * kernels.lanes * image.batch);
+    float* pooled = scratch.pooled.get(network.head.panels.vectors * kernels.lanes * image.batch);
     // As many pictures as divide evenly go one to a thread; the rest are each shared between all threads.
     const int64_t apart = threads.count == 1 ? image.batch : image.batch / threads.count * threads.count;
     if (apart > 0) {
         const Threads alone = {1, nullptr};
         parallel(threads, apart, [&](int64_t begin, int64_t end) {
-            for (int64_t n = begin; n < end; ++n) features(plan, network, kernels, image, n, alone, pooled);
+            Watch watch(times);
+            for (int64_t n = begin; n < end; ++n) features(plan, network, kernels, image, n, alone, pooled, watch);
         });
     }
-    for (int64_t n = apart; n < image.batch; ++n) features(plan, network, kernels, image, n, threads, pooled);
+    Watch watch(times);
+    for (int64_t n = apart; n < image.batch; ++n) features(plan, network, kernels, image, n, threads, pooled, watch);
     classify(plan, network, kernels, pooled, image.batch, threads, logits);
+    watch.part(plan.block_count + 1);
 }
 
 }  // namespace mbv2::cpu

@@ -38,6 +38,12 @@ struct Threads {
     void (*run)(int64_t count, void* context, void (*body)(void* context, int64_t begin, int64_t end));
 };
 
+// Seconds that the parts of a run took, for benchmarks: the blocks in order (the stem is in the first), the head with
+// the pooling, the classifier.
+struct Times {
+    double parts[Plan::kMostBlocks + 2];
+};
+
 // How many floats the packed network has.
 int64_t packed_size(const Plan& plan, const Kernels& kernels);
 
@@ -50,8 +56,8 @@ std::vector<int64_t> weight_sizes(const Plan& plan);
 void pack(const Plan& plan, const Kernels& kernels, const float* const* weights, float* packed);
 
 // Logits [batch, classes] of the pictures. Every output is the result of the same additions in the same order on
-// any number of threads.
+// any number of threads. `times` may be given with one thread.
 void run(const Plan& plan, const Kernels& kernels, const float* packed, const Image& image, const Threads& threads,
-         float* logits);
+         float* logits, Times* times = nullptr);
 
 }  // namespace mbv2::cpu

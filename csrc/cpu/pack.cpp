@@ -11,8 +11,8 @@ namespace {
 void pack_pointwise(const Pointwise& to, int lanes, int64_t outputs, const float* weights, const float* bias) {
     float* matrix = const_cast<float*>(to.weights);
     std::copy(bias, bias + outputs, const_cast<float*>(to.bias));
-    for (int64_t p = 0; p < panels(to.vectors); ++p) {
-        const int64_t width = panel_vectors(to.vectors, p) * lanes, first = 2 * p * lanes;
+    for (int64_t p = 0; p < to.panels.count; ++p) {
+        const int64_t width = to.panels.size(p) * lanes, first = to.panels.first(p) * lanes;
         for (int64_t o = first; o < std::min(first + width, outputs); ++o) {
             for (int64_t k = 0; k < to.inputs; ++k) {
                 matrix[first * to.inputs + k * width + (o - first)] = weights[o * to.inputs + k];

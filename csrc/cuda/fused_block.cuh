@@ -8,11 +8,12 @@
 //   project    sums += a2 W3^T in registers
 //
 // expand of the next chunk and project of this one share a barrier, so there are two barriers a chunk. Weights arrive
-// by cp.async one chunk ahead, or during the depthwise phase where shared memory holds them once only. All three products are tensor-core instructions, the depthwise one too: a tap is a
-// diagonal 8x8 matrix, and two taps of 8 channels make the 16 terms of one m16n8k16. That wastes seven eighths of the
-// multiplications and needs a quarter of the instructions of multiply-adds in registers, and it is the rate of
-// instructions that bounds the kernel. Columns are walked down `walk` outputs at a time, so that a row of a1 is loaded
-// once for the three rows of outputs it is part of. float32 walks the same way with multiply-adds.
+// by cp.async one chunk ahead, or during the depthwise phase where shared memory holds them once only. All three
+// products are tensor-core instructions, the depthwise one too: a tap is a diagonal 8x8 matrix, and two taps of 8
+// channels make the 16 terms of one m16n8k16. That wastes seven eighths of the multiplications and needs a quarter of
+// the instructions of multiply-adds in registers, and it is the rate of instructions that bounds the kernel. Columns
+// are walked down `walk` outputs at a time, so that a row of a1 is loaded once for the three rows of outputs it is part
+// of. float32 walks the same way with multiply-adds.
 //
 // Rows of 16 in a2 and in the sums are "units", columns of `walk` outputs of the tile: any 16 of them may be together,
 // whatever the tile's width, as ldmatrix takes an address for each row.
@@ -44,8 +45,8 @@ struct Traits {
     using Scalar = typename Tensor::Scalar;
     static constexpr TileShape kShape = kTileShapes[kIndex];
     static constexpr int kBytes = sizeof(Scalar);
-    static constexpr int kVector = 16 / kBytes;       // channels of 16 bytes
-    static constexpr int kStep = 2 * kVector;         // channels of one step of a product
+    static constexpr int kVector = 16 / kBytes;  // channels of 16 bytes
+    static constexpr int kStep = 2 * kVector;    // channels of one step of a product
     static constexpr int kChunk = kShape.chunk_bytes / kBytes;
     static constexpr int kPitch = kShape.chunk_bytes + 16;  // an odd number of 16 bytes: no bank conflicts of ldmatrix
     static constexpr int kThreads = kShape.threads();
@@ -99,7 +100,7 @@ class Block {
     using Scalar = typename Tr::Scalar;
     static constexpr TileShape kShape = Tr::kShape;
 
-  public:
+ public:
     __device__ __forceinline__ Block(const FusedParams& params, unsigned char* memory)
         : p(params),
           smem(memory),
@@ -146,18 +147,14 @@ class Block {
         }
     }
 
-  private:
+ private:
     // --- set-up ------------------------------------------------------------------------------------------------
 
     // Read from shared memory where it is needed, the tile takes no registers of the main loop.
     __device__ __forceinline__ Tile& shared_tile() const { return *reinterpret_cast<Tile*>(smem + p.at_tables); }
     __device__ __forceinline__ int positions() const { return shared_tile().positions; }
-    __device__ __forceinline__ Unit* units() const {
-        return reinterpret_cast<Unit*>(smem + p.at_tables + kTileBytes);
-    }
-    __device__ __forceinline__ Place* places() const {
-        return reinterpret_cast<Place*>(units() + Tr::kUnits);
-    }
+    __device__ __forceinline__ Unit* units() const { return reinterpret_cast<Unit*>(smem + p.at_tables + kTileBytes); }
+    __device__ __forceinline__ Place* places() const { return reinterpret_cast<Place*>(units() + Tr::kUnits); }
     __device__ __forceinline__ int walks() const { return (p.tile_height + Tr::kWalk - 1) / Tr::kWalk; }
     __device__ __forceinline__ int groups() const { return (p.tile_images * walks() * p.tile_width + 15) / 16; }
 
@@ -260,7 +257,8 @@ class Block {
         for (int i = thread; i < Tr::kChunk * vectors; i += Tr::kThreads) {
             const int row = quotient(i, p.x_vectors), channel = (i - row * vectors) * Tr::kVector;
             const bool wanted = first_channel + row < p.hidden && channel < p.inputs;
-            copy_async(to + row * p.x_pitch + channel * Tr::kBytes, wanted ? w1 + row * p.inputs + channel : w1, wanted);
+            copy_async(to + row * p.x_pitch + channel * Tr::kBytes, wanted ? w1 + row * p.inputs + channel : w1,
+                       wanted);
         }
     }
 
@@ -340,6 +338,8 @@ class Block {
                 unsigned char* a1 = smem + p.at_a1 + to + (n + lane % 4 * 2) * Tr::kBytes;
 #pragma unroll
                 for (int j = 0; j < Tr::kExpandTiles; ++j) {
+                    // Past the last channel an infinite x times a zero weight would be NaN.
+                    if (first_channel + n + j * 8 >= p.hidden) break;
                     const float* pair = d[half / 2][j] + half % 2 * 2;
                     store_relu6<Tensor>(a1 + j * 8 * Tr::kBytes, pair[0], pair[1]);
                 }
@@ -382,7 +382,8 @@ class Block {
         }
         uint32_t from = at + p.at_a1 + units()[group * 16 + lane % 16].a1 + step * 32 + lane / 16 * 16;
         const uint32_t down = shared_tile().a1_columns * Tr::kPitch;
-        unsigned char* to = smem + p.at_a2 + (group * Tr::kWalk * 16 + lane / 4) * Tr::kPitch + step * 32 + lane % 4 * 4;
+        unsigned char* to =
+            smem + p.at_a2 + (group * Tr::kWalk * 16 + lane / 4) * Tr::kPitch + step * 32 + lane % 4 * 4;
         uint32_t upper[3][4], middle[3][4], lower[3][4];
         load_row(upper, from), from += down;
         if (kStride == 1) load_row(middle, from), from += down;
@@ -475,8 +476,8 @@ class Block {
     __device__ __forceinline__ void project(int first_channel, int buffer,
                                             float (&sums)[kShape.tiles_m][kShape.tiles_n][4]) {
         const uint32_t a2 = at + p.at_a2 + (first_m() * 16 + (lane & 15)) * Tr::kPitch + (lane >> 4) * 16;
-        const uint32_t w3 = at + w3_of(buffer) +
-                            (first_n() * 8 + (lane & 7) + (lane >> 4) * 8) * Tr::kPitch + (lane >> 3 & 1) * 16;
+        const uint32_t w3 =
+            at + w3_of(buffer) + (first_n() * 8 + (lane & 7) + (lane >> 4) * 8) * Tr::kPitch + (lane >> 3 & 1) * 16;
         const int m_tiles = groups() * Tr::kWalk;
 #pragma unroll
         for (int step = 0; step < Tr::kSteps; ++step) {
@@ -503,7 +504,8 @@ class Block {
     // --- results -----------------------------------------------------------------------------------------------
 
     __device__ __forceinline__ int64_t first_output() const {
-        return (static_cast<int64_t>(shared_tile().first_image) * p.out_height + shared_tile().top) * p.out_width + shared_tile().left;
+        return (static_cast<int64_t>(shared_tile().first_image) * p.out_height + shared_tile().top) * p.out_width +
+               shared_tile().left;
     }
     __device__ __forceinline__ Unit unit_of_row(int row) const {
         return units()[row / (16 * Tr::kWalk) * 16 + row % 16];
@@ -511,7 +513,8 @@ class Block {
 
     // Sums of this split's hidden channels; `add_partials` adds them up.
     __device__ __forceinline__ void store_partial(const float (&sums)[kShape.tiles_m][kShape.tiles_n][4]) {
-        float* out = p.partial + (static_cast<int64_t>(shared_tile().split) * p.out_positions + first_output()) * p.outputs;
+        float* out =
+            p.partial + (static_cast<int64_t>(shared_tile().split) * p.out_positions + first_output()) * p.outputs;
         each_row([&](int i, int half, int row, const Unit& unit, int walked) {
             float* to = out + static_cast<int64_t>(unit.out + walked * p.out_width) * p.outputs;
             each_pair([&](int j, int channel) {

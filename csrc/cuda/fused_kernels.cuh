@@ -14,13 +14,13 @@ template <int kIndex>
 inline constexpr bool kWanted = true;
 #endif
 
-#define MBV2_FUSED_KERNEL(index, chunk_bytes, walk, warps_m, warps_n, tiles_m, tiles_n, blocks)                      \
-    extern "C" __global__ void __launch_bounds__(32 * warps_m * warps_n, blocks)                                     \
-        MBV2_KERNEL(index)(const __grid_constant__ mbv2::cuda::FusedParams params) {                                 \
-        extern __shared__ __align__(128) unsigned char memory[];                                                     \
-        if constexpr (kWanted<index>) {                                                                              \
-            mbv2::cuda::Block<mbv2::cuda::Traits<mbv2::cuda::MBV2_TENSOR, index>>(params, memory).run();             \
-        }                                                                                                            \
+#define MBV2_FUSED_KERNEL(index, chunk_bytes, walk, warps_m, warps_n, tiles_m, tiles_n, blocks)          \
+    extern "C" __global__ void __launch_bounds__(32 * warps_m * warps_n, blocks)                         \
+        MBV2_KERNEL(index)(const __grid_constant__ mbv2::cuda::FusedParams params) {                     \
+        extern __shared__ __align__(128) unsigned char memory[];                                         \
+        if constexpr (kWanted<index>) {                                                                  \
+            mbv2::cuda::Block<mbv2::cuda::Traits<mbv2::cuda::MBV2_TENSOR, index>>(params, memory).run(); \
+        }                                                                                                \
     }
 
 MBV2_FUSED_TILES(MBV2_FUSED_KERNEL)
@@ -35,8 +35,8 @@ namespace mbv2::cuda {
 #define MBV2_POINTER(index, ...) reinterpret_cast<const void*>(MBV2_KERNEL(index)),
 
 const void* MBV2_JOIN(MBV2_TYPE, _kernel, )(int index) {
-    static const void* const kernels[] = {MBV2_FUSED_TILES(MBV2_POINTER) reinterpret_cast<const void*>(
-        MBV2_KERNEL(sum))};
+    static const void* const kernels[] = {
+        MBV2_FUSED_TILES(MBV2_POINTER) reinterpret_cast<const void*>(MBV2_KERNEL(sum))};
     return kernels[index];
 }
 

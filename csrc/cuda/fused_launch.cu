@@ -17,7 +17,8 @@ cudaError_t launch(const void* kernel, int64_t blocks, int threads, int shared_b
                    cudaStream_t stream) {
     FusedParams copy = params;
     void* arguments[] = {&copy};
-    return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), arguments, shared_bytes, stream);
+    return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), arguments, shared_bytes,
+                            stream);
 }
 
 }  // namespace

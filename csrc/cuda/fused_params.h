@@ -12,11 +12,11 @@ constexpr int element_bytes(Element element) { return element == Element::kFloat
 
 // Compile-time tiles: index, bytes of a chunk of hidden channels, rows a column of outputs is walked down, warps over
 // outputs and over output channels, 16-row and 8-column tensor-core tiles of a warp, blocks an SM should hold.
-#define MBV2_FUSED_TILES(X)     \
-    X(0, 64, 4, 8, 1, 2, 4, 2)  \
-    X(1, 64, 2, 8, 1, 1, 4, 2)  \
-    X(2, 64, 2, 4, 2, 2, 4, 2)  \
-    X(3, 64, 2, 4, 2, 2, 6, 2)  \
+#define MBV2_FUSED_TILES(X)      \
+    X(0, 64, 4, 8, 1, 2, 4, 2)   \
+    X(1, 64, 2, 8, 1, 1, 4, 2)   \
+    X(2, 64, 2, 4, 2, 2, 4, 2)   \
+    X(3, 64, 2, 4, 2, 2, 6, 2)   \
     X(4, 128, 2, 4, 2, 1, 10, 2) \
     X(5, 128, 2, 2, 4, 2, 10, 1) \
     X(6, 64, 2, 2, 4, 2, 14, 1)

@@ -51,7 +51,7 @@ struct Phase {
 };
 
 class Planner {
-  public:
+ public:
     Planner(const BlockShape& shape, const Gpu& gpu, const Wish& wish, Plan* best)
         : shape_(shape), gpu_(gpu), wish_(wish), best_(best), bytes_(element_bytes(shape.element)) {}
 
@@ -62,7 +62,7 @@ class Planner {
         return found_;
     }
 
-  private:
+ private:
     int64_t out_height() const { return (shape_.height - 1) / shape_.stride + 1; }
     int64_t out_width() const { return (shape_.width - 1) / shape_.stride + 1; }
 
@@ -160,7 +160,8 @@ class Planner {
         p.at_a1 = static_cast<int32_t>(x_bytes), p.at_a2 = static_cast<int32_t>(at_a2);
         p.at_weights = static_cast<int32_t>(at_weights), p.at_tables = static_cast<int32_t>(at_tables);
         p.x_pitch = static_cast<int32_t>(row + 16);
-        p.ahead = ahead, p.weights_step = static_cast<int32_t>(ahead ? weights : 0), p.w3_bytes = static_cast<int32_t>(w3_bytes);
+        p.ahead = ahead, p.weights_step = static_cast<int32_t>(ahead ? weights : 0),
+        p.w3_bytes = static_cast<int32_t>(w3_bytes);
         plan.shared_bytes = static_cast<int>(total);
         return true;
     }
@@ -179,8 +180,7 @@ class Planner {
         const bool packed = bytes_ == 2;
         const int64_t steps = tile.chunk_bytes / 32, x_steps = p.x_vectors.value / 2;
         const int64_t positions = positions_of(p.tile_images, p.tile_height, p.tile_width);
-        const int64_t groups =
-            quotient_up(p.tile_images * quotient_up(p.tile_height, tile.walk) * p.tile_width, 16);
+        const int64_t groups = quotient_up(p.tile_images * quotient_up(p.tile_height, tile.walk) * p.tile_width, 16);
         // Of an 8-column tensor-core tile and 32 bytes of channels: instructions and multiply-adds of 16-bit speed.
         const double mma = packed ? 1 : 3, work = packed ? 2048 : 6144, split = packed ? 0 : 12;
 
@@ -204,7 +204,8 @@ class Planner {
                      steps * tile.tiles_m * across * work);
 
         const double chunks = p.chunks;
-        const double weights = chunks * (tile.chunk_bytes / bytes_) * (p.outputs + (shape_.expands ? p.inputs : 0)) * bytes_;
+        const double weights =
+            chunks * (tile.chunk_bytes / bytes_) * (p.outputs + (shape_.expands ? p.inputs : 0)) * bytes_;
         const double moved = weights + double(positions) * p.inputs * bytes_ +
                              double(p.tile_images) * p.tile_height * p.tile_width * p.outputs * bytes_;
         const Rates rate = rates(gpu_.arch);
@@ -218,14 +219,13 @@ class Planner {
         if (!p.ahead) longest += std::max(0.0, chunks * (kLatency - kLoneWarp * walk.longest) + weights / kL2Bytes);
         instructions += positions * (p.x_vectors.value * 30.0 + 60) / 32;
         const int resident = std::max(1, std::min(tile.blocks, gpu_.shared_per_processor / (plan.shared_bytes + 1024)));
-        const double throughput = std::max({instructions / (4 * kIssueShare), shared / kSharedBytes,
-                                            products / rate.products, moved / kL2Bytes});
+        const double throughput = std::max(
+            {instructions / (4 * kIssueShare), shared / kSharedBytes, products / rate.products, moved / kL2Bytes});
         const double full = std::max(throughput * resident, longest);
         const int64_t slots = int64_t{gpu_.processors} * resident, waves = plan.blocks / slots;
         const int64_t rest = plan.blocks - waves * slots;
         // Of the last wave, only as many blocks share an SM as there are.
-        const double last =
-            rest == 0 ? 0 : std::max(throughput * quotient_up(rest, gpu_.processors), longest);
+        const double last = rest == 0 ? 0 : std::max(throughput * quotient_up(rest, gpu_.processors), longest);
         double microseconds = (waves * full + last) / rate.clock;
         if (p.splits > 1) {
             microseconds += kSecondLaunch + 2.0 * plan.partial_bytes / (kL2Bytes * gpu_.processors) / rate.clock;

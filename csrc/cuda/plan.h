@@ -33,7 +33,7 @@ struct Wish {
 };
 
 struct Plan {
-    int tile;           // index into kTileShapes
+    int tile;            // index into kTileShapes
     FusedParams params;  // all but the pointers
     int64_t blocks;      // thread blocks of the launch
     int threads;

@@ -1,8 +1,8 @@
 """Training's depthwise stages: a call goes to the CUDA C++ or the Triton kernel, whichever the static budget prefers.
 
 `depthwise_choice.json`, written by `python -m bench.gpu_static report`, says for every architecture, stage, size of a
-value and stride whether the CUDA C++ kernel issues fewer instructions. An architecture that is not listed takes the entry
-of the next older one. What the CUDA C++ kernels refuse is Triton's as well.
+value and stride whether the CUDA C++ kernel issues fewer instructions. An architecture that is not listed takes the
+entry of the next older one. What the CUDA C++ kernels refuse is Triton's as well.
 """
 
 import json
@@ -28,9 +28,9 @@ def depthwise(y1: Tensor, bn1: Tensor | None, weight: Tensor, stride: int) -> tu
     """See `mbv2.kernels.aten.depthwise`."""
     if _takes("depthwise", y1, stride):
         return own.depthwise(y1, bn1, weight, stride)
-    from mbv2.kernels.triton import stages
+    from mbv2.kernels.cuda.stages import next_best
 
-    return stages.depthwise(y1, bn1, weight, stride)
+    return next_best().depthwise(y1, bn1, weight, stride)
 
 
 def depthwise_backward(
@@ -48,9 +48,9 @@ def depthwise_backward(
     args = dz2, y2, coef2, y1, bn1, weight, stride, need_input, need_weight
     if _takes("depthwise_backward", y1, stride):
         return own.depthwise_backward(*args)
-    from mbv2.kernels.triton import stages
+    from mbv2.kernels.cuda.stages import next_best
 
-    return stages.depthwise_backward(*args)
+    return next_best().depthwise_backward(*args)
 
 
 def _takes(stage: str, x: Tensor, stride: int) -> bool:

@@ -20,6 +20,7 @@ class Recipe:
         area, ratio: training crop: share of the picture's area, and width over height (Inception's crop).
         flip: probability of a horizontal flip in training.
         resize: evaluation: shorter side before the centre crop; None is 256/224 of the resolution.
+        squeeze: evaluation: the whole picture squeezed into the square, whatever its shape, and nothing cropped.
         trivial_augment: TrivialAugmentWide on training pictures (arXiv 2103.10158).
         random_erasing: probability of erasing a rectangle of a training picture (arXiv 1708.04896).
     """
@@ -31,6 +32,7 @@ class Recipe:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     resize: int | None = None
+    squeeze: bool = False
     trivial_augment: bool = False
     random_erasing: float = 0.0
 
@@ -57,6 +59,8 @@ class Recipe:
 
 def eval_geometry(height: int, width: int, recipe: Recipe) -> tuple[tuple[int, int], tuple[int, int]]:
     """((resized height, width), (top, left)) of the evaluation's resize and centre crop, as torchvision rounds."""
+    if recipe.squeeze:
+        return (recipe.resolution, recipe.resolution), (0, 0)
     short, long = min(height, width), max(height, width)
     resized_long = int(recipe.eval_resize * long / short)
     size = (resized_long, recipe.eval_resize) if height > width else (recipe.eval_resize, resized_long)

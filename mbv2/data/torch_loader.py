@@ -37,6 +37,15 @@ class _Failure(NamedTuple):
     message: str
 
 
+class _Pack(NamedTuple):
+    """A batch as a worker hands it over; every tensor costs the hand-over a file of shared memory, so it is one."""
+
+    images: Tensor | None  # uint8 [N, 3, R, R], channels_last; None without a good picture
+    labels: list[int]
+    names: list[str]
+    skipped: int
+
+
 class TorchLoader:
     """See `mbv2.data.make_loader`; `batches` are recomputed each epoch from the seed, so any batch can be the first."""
 
@@ -66,7 +75,7 @@ class TorchLoader:
             _Pictures(source, recipe, train, seed, on_corrupt),
             batch_sampler=self._batches,
             num_workers=workers,
-            collate_fn=list,
+            collate_fn=_pack,
             persistent_workers=workers > 0,
             prefetch_factor=prefetch if workers > 0 else None,
             worker_init_fn=_start_worker,
@@ -92,16 +101,14 @@ class TorchLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         self.skipped = 0
-        for items in self._item_lists():
-            for item in items:
-                if isinstance(item, _Failure):
-                    raise UserError(item.message)
-                self.skipped += item.skipped
-            kept = [item for item in items if item.image is not None]
-            if kept:
-                yield self._assemble(kept)
+        for pack in self._packs():
+            if isinstance(pack, _Failure):
+                raise UserError(pack.message)
+            self.skipped += pack.skipped
+            if pack.images is not None:
+                yield self._on_device(pack.images, pack)
 
-    def _item_lists(self) -> Iterator[list[_Item | _Failure]]:
+    def _packs(self) -> Iterator[_Pack | _Failure]:
         try:
             yield from self._loader
         except RuntimeError as error:
@@ -119,14 +126,13 @@ class TorchLoader:
             iterator._shutdown_workers()
             self._loader._iterator = None
 
-    def _assemble(self, items: list[_Item]) -> Batch:
-        images = torch.stack([item.image for item in items])
-        labels = torch.tensor([item.label for item in items], dtype=torch.int64)
+    def _on_device(self, images: Tensor, pack: _Pack) -> Batch:
+        labels = torch.tensor(pack.labels, dtype=torch.int64)
         device = self._world.device
         if device.type == "cuda":
             images, labels = images.pin_memory(), labels.pin_memory()
         images = normalise(images.to(device, non_blocking=True), self.recipe, self._dtype)
-        return Batch(images, labels.to(device, non_blocking=True), [item.name for item in items])
+        return Batch(images, labels.to(device, non_blocking=True), pack.names)
 
 
 class _Batches:
@@ -173,10 +179,22 @@ class _Pictures(Dataset):
         return eval_picture(image, self.recipe)
 
 
+def _pack(items: list[_Item | _Failure]) -> _Pack | _Failure:
+    failures = [item for item in items if isinstance(item, _Failure)]
+    if failures:
+        return failures[0]
+    skipped = sum(item.skipped for item in items)
+    kept = [item for item in items if item.image is not None]
+    if not kept:
+        return _Pack(None, [], [], skipped)
+    images = torch.stack([item.image for item in kept]).contiguous(memory_format=torch.channels_last)
+    return _Pack(images, [item.label for item in kept], [item.name for item in kept], skipped)
+
+
 def eval_picture(image: Tensor, recipe: Recipe) -> Tensor:
-    """uint8 [3, H, W] -> uint8 [3, R, R]: shorter side to `eval_resize`, centre crop."""
+    """uint8 [3, H, W] -> uint8 [3, R, R]: shorter side to `eval_resize`, centre crop; or the whole squeezed."""
     height, width = image.shape[1:]
-    if max(height, width) > _LONGEST * min(height, width):
+    if not recipe.squeeze and max(height, width) > _LONGEST * min(height, width):
         # A line of pixels would become gigabytes when its shorter side is resized; the ends are cropped off anyway.
         image = F.center_crop(image, [min(height, _LONGEST * width), min(width, _LONGEST * height)])
     size, (top, left) = eval_geometry(image.shape[1], image.shape[2], recipe)

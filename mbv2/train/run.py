@@ -276,14 +276,15 @@ def _make_model(
         meta = state["meta"]
         if meta["alpha"] != options.alpha or (data.train and list(data.train.class_names) != _named(meta, data)):
             raise UserError("--resume: the checkpoint has another --alpha or other classes; give that run's options")
-        model = MobileNetV2(meta["num_classes"], meta["alpha"], options.dropout, meta["class_offset"])
+        conventions = weights.conventions(meta)
+        model = MobileNetV2(meta["num_classes"], meta["alpha"], options.dropout, meta["class_offset"], **conventions)
         return model, meta, []
     logits = pretrained.state_dict["classifier.1.weight"].shape[0] if pretrained else None
-    normalisation = pretrained.meta if pretrained else {}
-    count, offset = setup.choose_classes(options, data, normalisation, logits)
-    model = MobileNetV2(count, options.alpha, options.dropout, offset)
+    known = pretrained.meta if pretrained else {}
+    count, offset = setup.choose_classes(options, data, known, logits)
+    model = MobileNetV2(count, options.alpha, options.dropout, offset, **weights.conventions(known))
     said = [weights.load_into(model, pretrained, fine_tune=True)] if pretrained else []
-    return model, setup.describe(options, data, model, normalisation), said
+    return model, setup.describe(options, data, model, known), said
 
 
 def _named(meta: dict[str, Any], data: setup.Data) -> list[str]:

@@ -132,10 +132,11 @@ def choose_classes(options: "TrainOptions", data: Data, meta: dict[str, Any], lo
     return count, offset
 
 
-def describe(
-    options: "TrainOptions", data: Data, model: "MobileNetV2", normalisation: dict[str, Any]
-) -> dict[str, Any]:
-    """The `meta` that travels with the weights: what evaluation and inference need to use them."""
+def describe(options: "TrainOptions", data: Data, model: "MobileNetV2", pretrained: dict[str, Any]) -> dict[str, Any]:
+    """The `meta` that travels with the weights: what evaluation and inference need to use them.
+
+    How pictures are normalised and squeezed is taken over from the `pretrained` weights' meta.
+    """
     names = list(data.train.class_names) if data.train else []
     names += [f"class {index}" for index in range(len(names), model.num_real_classes)]
     defaults = Recipe()
@@ -145,8 +146,11 @@ def describe(
         "num_classes": model.num_classes,
         "class_offset": model.class_offset,
         "class_names": names,
-        "mean": [float(value) for value in normalisation.get("mean") or defaults.mean],
-        "std": [float(value) for value in normalisation.get("std") or defaults.std],
+        "mean": [float(value) for value in pretrained.get("mean") or defaults.mean],
+        "std": [float(value) for value in pretrained.get("std") or defaults.std],
+        "squeeze": bool(pretrained.get("squeeze", False)),
+        "padding": model.padding,
+        "bn_eps": model.bn_eps,
     }
     if data.train and data.train.synsets:
         meta["class_synsets"] = list(data.train.synsets)
@@ -167,6 +171,7 @@ def make_loaders(
         resolution=options.resize,
         mean=tuple(meta["mean"]),
         std=tuple(meta["std"]),
+        squeeze=bool(meta.get("squeeze", False)),
         area=(options.augment.area_min, 1.0),
         flip=options.augment.flip,
         trivial_augment=options.augment.trivial_augment,

@@ -1,0 +1,95 @@
+// The matrix product of the training kernels: a tile in registers, rows broadcast, a panel of the other side loaded.
+//
+// Like microkernels.h this is compiled once for each instruction set; everything is in an unnamed namespace and uses
+// nothing of the standard library. V has: lanes; Type; rows[n - 1], how many rows of n accumulators fit the
+// registers; zero, load, store, broadcast, set, fma, add, sub, mul, relu6 (NaN passes), inside(x, z) = x where
+// 0 < z < 6 or z is NaN, else 0; load and store also of bf16; round<T>, to the values that T has; load_part,
+// store_part of the first n lanes; stream, a store past the caches, and fence after a run of them.
+#pragma once
+
+#include "train.h"
+
+#define MBV2_UNROLL _Pragma("GCC unroll 64")
+
+namespace mbv2::cpu::train {
+namespace {
+
+// Length of a run of products before the sums go back to memory: a panel's share stays in L1.
+constexpr int64_t kRun = 256;
+
+// c[M][panel] (+)= a * b. Transposed false: a[m * stride + k]; true: a[k * stride + m].
+template <class V, int M, int Vectors, bool Transposed>
+void gemm_tile(const float* a, int64_t stride, const float* b, int64_t length, float* c, bool accumulate) {
+    constexpr int kWidth = Vectors * V::lanes;
+    typename V::Type acc[M][Vectors];
+    MBV2_UNROLL for (int m = 0; m < M; ++m) {
+        MBV2_UNROLL for (int v = 0; v < Vectors; ++v) {
+            acc[m][v] = accumulate ? V::load(c + m * kWidth + v * V::lanes) : V::zero();
+        }
+    }
+    const auto step = [&](const float* at, const float* weights) __attribute__((always_inline)) {
+        typename V::Type w[Vectors];
+        MBV2_UNROLL for (int v = 0; v < Vectors; ++v) w[v] = V::load(weights + v * V::lanes);
+        MBV2_UNROLL for (int m = 0; m < M; ++m) {
+            const typename V::Type x = V::broadcast(at + (Transposed ? m : m * stride));
+            MBV2_UNROLL for (int v = 0; v < Vectors; ++v) acc[m][v] = V::fma(x, w[v], acc[m][v]);
+        }
+    };
+    const int64_t next = Transposed ? stride : 1;
+    int64_t k = 0;
+    for (; k + 4 <= length; k += 4, a += 4 * next, b += 4 * kWidth) {
+        MBV2_UNROLL for (int u = 0; u < 4; ++u) step(a + u * next, b + u * kWidth);
+    }
+    for (; k < length; ++k, a += next, b += kWidth) step(a, b);
+    MBV2_UNROLL for (int m = 0; m < M; ++m) {
+        MBV2_UNROLL for (int v = 0; v < Vectors; ++v) V::store(c + m * kWidth + v * V::lanes, acc[m][v]);
+    }
+}
+
+using GemmTile = void (*)(const float*, int64_t, const float*, int64_t, float*, bool);
+
+// Entry [rows - 1] for every number of rows that fits the registers.
+template <class V, int Vectors, bool Transposed, int... Less>
+struct GemmTiles;
+template <class V, int Vectors, bool Transposed, int Rows, int... Less>
+struct GemmTiles<V, Vectors, Transposed, Rows, Less...> : GemmTiles<V, Vectors, Transposed, Rows - 1, Rows, Less...> {};
+template <class V, int Vectors, bool Transposed, int... Less>
+struct GemmTiles<V, Vectors, Transposed, 0, Less...> {
+    static constexpr GemmTile entries[] = {gemm_tile<V, Less, Vectors, Transposed>...};
+};
+
+template <class V, int Vectors, bool Transposed>
+void gemm_panel(const float* a, int64_t stride, int64_t rows, int64_t length, const float* b, float* c,
+                bool accumulate) {
+    constexpr int kMost = V::rows[Vectors - 1], kWidth = Vectors * V::lanes;
+    // Tiles of nearly equal height: a last tile of one row would run at the latency of its additions.
+    const int64_t count = ceil_div(rows, kMost), height = rows / count, higher = rows % count;
+    for (int64_t begin = 0; begin < length; begin += kRun) {
+        const int64_t run = length - begin < kRun ? length - begin : kRun;
+        int64_t row = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t m = height + (i < higher);
+            const float* from = Transposed ? a + begin * stride + row : a + row * stride + begin;
+            GemmTiles<V, Vectors, Transposed, kMost>::entries[m - 1](from, stride, b + begin * kWidth, run,
+                                                                     c + row * kWidth, accumulate || begin > 0);
+            row += m;
+        }
+    }
+}
+
+// c[rows][panel] (+)= a[rows][length] * b[length][panel]; Transposed: a is [length][rows]. `stride` is a's.
+template <class V, bool Transposed>
+void gemm(const float* a, int64_t stride, int64_t rows, int64_t length, const float* b, int64_t vectors, float* c,
+          bool accumulate) {
+    switch (vectors) {
+        case 1:
+            return gemm_panel<V, 1, Transposed>(a, stride, rows, length, b, c, accumulate);
+        case 2:
+            return gemm_panel<V, 2, Transposed>(a, stride, rows, length, b, c, accumulate);
+        default:
+            return gemm_panel<V, 3, Transposed>(a, stride, rows, length, b, c, accumulate);
+    }
+}
+
+}  // namespace
+}  // namespace mbv2::cpu::train
