@@ -81,17 +81,7 @@ class BuildParallel(build_ext):
         nvcc = _nvcc()
         target = Path(self.build_temp, source).with_suffix(".cu.o")
         target.parent.mkdir(parents=True, exist_ok=True)
-        command = [
-            nvcc,
-            "-c",
-            source,
-            "-o",
-            str(target),
-            "-std=c++17",
-            "-O3",
-            "-Xcompiler",
-            "-fPIC,-fvisibility=hidden",
-        ]
+        command = [nvcc, "-c", source, "-o", str(target), *_NVCC_FLAGS]
         done = subprocess.run([*command, *_arch_flags(nvcc, self._for_development)], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"nvcc on {source}: {(done.stderr or done.stdout).strip()[-2000:]}")

@@ -67,7 +67,7 @@ def choice(static: dict[str, dict[str, Row]], budget: dict[str, Any]) -> dict[st
 
 
 def triton_instructions(budget: dict[str, Any], arch: str, kind: str, stage: str, stride: int) -> float | None:
-    """Instructions an element of Triton's kernel on the shape of SHAPES; of sm_80 where an architecture has no figure."""
+    """Instructions an element of Triton's kernel on SHAPES' shape; sm_80's where an architecture has no figure."""
     c, side = SHAPES[stride]
     for where in (arch, "sm_80"):
         for name, row in budget.get(where, {}).get(kind, {}).items():

@@ -198,9 +198,7 @@ def test_weight_gradients_have_the_weight_s_strides(layout: torch.memory_format)
     for stage, arguments in calls(2, 8, 24, 8, 6, 5, 1, torch.float32):
         if not stage.__name__.endswith("_backward") or arguments[-1] is not True:
             continue
-        moved = [
-            a.to(memory_format=layout) if isinstance(a, Tensor) and a.shape[2:] == (3, 3) else a for a in arguments
-        ]
+        moved = [a.to(memory_format=layout) if isinstance(a, Tensor) and a.shape[2:] == (3, 3) else a for a in arguments]
         weight = next(a for a in moved[2:] if isinstance(a, Tensor) and a.dim() == 4 and a.shape[2] in (1, 3))
         assert stage(*moved)[-1].stride() == weight.stride()
 

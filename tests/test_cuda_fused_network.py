@@ -95,7 +95,9 @@ def test_every_block_is_one_fused_launch(
 ) -> None:
     pytest.importorskip("mbv2._C", reason="the planner is not compiled here")
     monkeypatch.setattr(stages, "next_best", lambda: dispatch._backends["aten"].stages())
-    monkeypatch.setitem(dispatch._backends, "cuda", dispatch.Backend(lambda device, dtype: None, lambda: stages))
+    monkeypatch.setitem(
+        dispatch._backends, "cuda", dispatch.Backend(lambda device, dtype: None, lambda: stages)
+    )
     wishing(monkeypatch, tile=4, splits=1)
     model, x = trained(0.35, torch.float16), pictures(1, 64, torch.float16)
     fast = OptimizedCudaMobileNetV2(model)

@@ -30,9 +30,7 @@ def moved(shape: fused.Shape) -> tuple[int, int]:
     given = [t for t in tensors if t is not None]
     # Memory is numbered after the kernel's one argument.
     bytes_of = {
-        id(t): 32 * (s.loads + s.stores)
-        for i, t in enumerate(given)
-        if (s := stats.sectors.get(str(1 + i))) is not None
+        id(t): 32 * (s.loads + s.stores) for i, t in enumerate(given) if (s := stats.sectors.get(str(1 + i))) is not None
     }
     activations_moved = bytes_of[id(x)] + bytes_of[id(out)]
     weights_moved = sum(bytes_of[id(t)] for t in weights if t is not None)

@@ -29,15 +29,7 @@ def blocks(width: float, size: int, images: int, element: int = 0) -> list[fused
         inputs = hidden if expand is None else expand.weight.shape[1]
         shapes.append(
             fused.Shape(
-                element,
-                images,
-                size,
-                size,
-                inputs,
-                hidden,
-                outputs,
-                block.stride,
-                expand is not None,
+                element, images, size, size, inputs, hidden, outputs, block.stride, expand is not None,
                 block.use_res_connect,
             )  # fmt: skip
         )

@@ -137,4 +137,6 @@ def launch(plan: Plan, tensors: tuple[Tensor | None, ...]) -> None:
     compiled: Any = importlib.import_module("mbv2._cuda")
     stream = torch.cuda.current_stream(tensors[0].device).cuda_stream
     addresses = tuple(0 if t is None else t.data_ptr() for t in tensors)
-    compiled.launch_block(plan.element, plan.tile, plan.blocks, plan.shared_bytes, plan.params, stream, addresses)
+    compiled.launch_block(
+        plan.element, plan.tile, plan.blocks, plan.shared_bytes, plan.params, stream, addresses
+    )
