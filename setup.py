@@ -191,6 +191,7 @@ setup(
     package_data={
         "mbv2": ["py.typed", "imagenet_classes.txt", "configs/*.yaml"],
         "mbv2.kernels.triton": ["tiles/*.json"],
+        "mbv2.kernels.cuda": ["*.json"],
     },
     ext_modules=_extensions(),
     cmdclass={"build_ext": BuildParallel},

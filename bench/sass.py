@@ -86,8 +86,8 @@ def read(cubin: bytes) -> Code:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage = _USAGE.search(_tool("cuobjdump", "-res-usage", str(path)))
-        text = _tool("nvdisasm", "-c", "-ndf", str(path))
+        usage = _USAGE.search(tool("cuobjdump", "-res-usage", str(path)))
+        text = tool("nvdisasm", "-c", "-ndf", str(path))
     assert usage is not None
     instructions = parse(text)
     registers, stack, local = (int(value) for value in usage.groups())
@@ -137,7 +137,8 @@ def find_loops(instructions: tuple[Instruction, ...]) -> tuple[Loop, ...]:
     return tuple(sorted(loops, key=lambda loop: (loop.first, loop.depth)))
 
 
-def _tool(name: str, *arguments: str) -> str:
+def tool(name: str, *arguments: str) -> str:
+    """What one of the disassemblers that come with Triton prints."""
     done = subprocess.run([str(_TOOLS / name), *arguments], capture_output=True, text=True, check=True)
     return done.stdout
 

@@ -1,5 +1,5 @@
-// Of the Python module mbv2._cuda: the training depthwise kernels. Like launch_block they take addresses and a stream, no
-// tensors; the whole argument struct comes as bytes, which kernels/cuda/depthwise.py fills.
+// Of the Python module mbv2._cuda: the training depthwise kernels. Like launch_block they take addresses and a stream,
+// no tensors; the whole argument struct comes as bytes, which kernels/cuda/depthwise.py fills.
 #define Py_LIMITED_API 0x030A0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -24,7 +24,8 @@ PyObject* launch(PyObject*, PyObject* args) {
     Params params;
     if (size != sizeof params || type < mbv2::cuda::kFloat16 || type > mbv2::cuda::kFloat32 ||
         (stride != 1 && stride != 2)) {
-        PyErr_SetString(PyExc_ValueError, "not arguments of this build: mbv2's Python and mbv2._cuda differ in version");
+        PyErr_SetString(PyExc_ValueError,
+                        "not arguments of this build: mbv2's Python and mbv2._cuda differ in version");
         return nullptr;
     }
     std::memcpy(&params, bytes, sizeof params);
@@ -43,7 +44,8 @@ namespace mbv2::cuda {
 
 PyMethodDef training_methods[] = {
     {"launch_depthwise", launch<DepthwiseParams, launch_depthwise>, METH_VARARGS,
-     "launch_depthwise(params, type, stride, stream): params is a DepthwiseParams, type 0 float16, 1 bfloat16, 2 float32."},
+     "launch_depthwise(params, type, stride, stream): params is a DepthwiseParams, type 0 float16, 1 bfloat16, 2 "
+     "float32."},
     {"launch_depthwise_backward", launch<DepthwiseBackwardParams, launch_depthwise_backward>, METH_VARARGS,
      "launch_depthwise_backward(params, type, stride, stream): params is a DepthwiseBackwardParams."},
     {nullptr, nullptr, 0, nullptr},

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mbv2.kernels import aten
 from mbv2.kernels.cuda import depthwise as module
+from mbv2.kernels.cuda import training
 from mbv2.kernels.cuda.depthwise import cut, depthwise, depthwise_backward
 
 HALF = (torch.float16, torch.bfloat16)
@@ -36,18 +37,19 @@ def launches(gpu: Gpu) -> Iterator[list[Any]]:
         yield log
 
 
-def _slow_but(first: object, values: tuple[Any, ...]) -> list[Any]:
-    return [value if value == first else pytest.param(*value, marks=pytest.mark.slow) for value in values]
+def _slow_but_the_first(*cases: tuple[int, torch.dtype, bool]) -> list[Any]:
+    return [cases[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in cases[1:])]
 
 
-FORWARD = _slow_but((1, torch.float16, True), tuple(
-    (stride, dtype, normalised)
-    for stride in (1, 2) for dtype in (*HALF, torch.float32) for normalised in (True, False)
-))  # fmt: skip
-BACKWARD = _slow_but((1, torch.float16, True), tuple(
-    (stride, dtype, normalised) for stride in (1, 2) for dtype in HALF for normalised in (True, False)
-    if normalised or dtype == torch.float16
-))  # fmt: skip
+# Stride, type, whether BatchNorm comes before.
+FORWARD = _slow_but_the_first(
+    (1, torch.float16, True), (2, torch.float16, True), (1, torch.bfloat16, True), (2, torch.bfloat16, True),
+    (1, torch.float32, True), (2, torch.float32, True), (1, torch.float16, False), (2, torch.float32, False),
+)  # fmt: skip
+BACKWARD = _slow_but_the_first(
+    (1, torch.float16, True), (2, torch.float16, True), (1, torch.bfloat16, True), (2, torch.bfloat16, True),
+    (1, torch.float16, False), (2, torch.float16, False),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(("stride", "dtype", "normalised"), FORWARD, ids=str)
@@ -201,3 +203,27 @@ def test_argument_structs_have_the_sizes_the_compiler_gives_them(tmp_path: Path)
     import subprocess
 
     subprocess.run(["g++", "-std=c++17", "-fsyntax-only", f"-I{SOURCES}", str(source)], check=True)
+
+
+@pytest.mark.parametrize(("capability", "same_as"), (((8, 7), (8, 6)), ((12, 1), (12, 0)), ((10, 3), (10, 0))))
+def test_an_unlisted_architecture_takes_the_choice_of_the_next_older_one(
+    capability: tuple[int, int], same_as: tuple[int, int]
+) -> None:
+    for stage in ("depthwise", "depthwise_backward"):
+        for stride in (1, 2):
+            assert training.chosen(capability, stage, 2, stride) == training.chosen(same_as, stage, 2, stride)
+    assert not training.chosen((7, 5), "depthwise", 2, 1)
+
+
+@pytest.mark.parametrize("preferred", (True, False))
+def test_the_table_decides_whose_kernel_runs(preferred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mbv2.kernels.cuda import stages
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(training, "chosen", lambda capability, stage, itemsize, stride: preferred)
+    monkeypatch.setattr(module, "depthwise", lambda *args: "cuda")
+    monkeypatch.setattr(stages, "next_best", lambda: type("Other", (), {"depthwise": lambda *args: "other"}))
+    x = torch.zeros(1, 8, 4, 4, dtype=torch.float16)
+    assert stages.depthwise(x, None, x, 1) == ("cuda" if preferred else "other")
+    refused = torch.zeros(1, 12, 4, 4, dtype=torch.float16)
+    assert stages.depthwise(refused, None, refused, 1) == "other"

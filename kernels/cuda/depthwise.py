@@ -7,6 +7,7 @@ only, so that equal shapes give equal bits on every GPU.
 
 import ctypes
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -149,8 +150,6 @@ def depthwise_backward(
     _check(y1, backward=True)
     if not (need_input or need_weight):
         return None, None, None
-    from mbv2.kernels.triton.reduce import sum_parts
-
     if bn1 is None:
         y1 = layout.channels_last(y1)
     n, c, h, w = y1.shape
@@ -160,7 +159,17 @@ def depthwise_backward(
     sums = y1.new_empty((parts, 2, c), dtype=torch.float32) if need_input and bn1 is not None else None
     dweight = y1.new_empty((parts, c, 9), dtype=torch.float32) if need_weight else None
     _backward(dz2, y2, coef2, y1, bn1, weight, dz1, sums, dweight, stride, plan)
-    return dz1, sums, None if dweight is None else sum_parts(dweight, weight)
+    return dz1, sums, None if dweight is None else _added(dweight, weight)
+
+
+def _added(parts: Tensor, like: Tensor) -> Tensor:
+    """parts [G, C, 9] added in a fixed order, with `like`'s shape, strides and type."""
+    if find_spec("triton") is not None:
+        from mbv2.kernels.triton.reduce import sum_parts
+
+        return sum_parts(parts, like)
+    out = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+    return out.copy_(parts.sum(0).view(like.shape))
 
 
 def _check(x: Tensor, backward: bool = False) -> None:

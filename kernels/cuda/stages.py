@@ -10,8 +10,9 @@ from typing import Any
 
 from mbv2.kernels import aten
 from mbv2.kernels.cuda.fused import inverted_residual_folded
+from mbv2.kernels.cuda.training import depthwise, depthwise_backward
 
-__all__ = ["inverted_residual_folded"]
+__all__ = ["depthwise", "depthwise_backward", "inverted_residual_folded"]
 
 
 def __getattr__(stage: str) -> Callable[..., Any]:

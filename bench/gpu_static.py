@@ -1,0 +1,196 @@
+"""The static budget of the CUDA C++ depthwise kernels, and the choice between them and Triton's; no GPU is needed.
+
+    python -m bench.gpu_static report    write results/cuda_depthwise.json and kernels/cuda/depthwise_choice.json
+    python -m bench.gpu_static check     compile again; exit status 1 if a kernel breaks a rule or the table is another
+
+Compiled is every kernel for every architecture. Instructions are counted as for Triton's: through the loops of a launch
+at batch 128, all threads, both sides of every branch, per element of the largest tensor. A kernel is chosen where it
+needs fewer than Triton's for the same stage, stride and size of a value, as listed in results/resources.json.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import sass
+from bench.occupancy import ARCHITECTURES, Architecture, warps_per_sm
+from mbv2.errors import UserError
+from mbv2.files import write_atomic
+from mbv2.kernels.cuda.depthwise import cut
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results" / "cuda_depthwise.json"
+CHOICE = ROOT / "kernels" / "cuda" / "depthwise_choice.json"
+FILES = ("depthwise_forward", "depthwise_backward")
+BATCH = 128
+# Channels and side of the inputs that each stride is counted on: those with the most traffic.
+SHAPES = {1: (144, 56), 2: (96, 112)}
+ENOUGH_WARPS = 8
+SLACK = 1.1
+_KERNEL = re.compile(r"mbv2_(depthwise(?:_backward)?)_(float16|bfloat16|float32)_s([12])_(bn|x)(\d)")
+_SHARED = re.compile(r"\.global \.align 4 \.u32 (\w+)_shared_bytes(?: = (\d+))?;")
+
+Row = dict[str, Any]
+
+
+def rows(arch: Architecture) -> dict[str, Row]:
+    """What every kernel of the two files needs and costs on an architecture, by the kernel's name.
+
+    Raises:
+        UserError: there is no nvcc, or it cannot compile for this architecture.
+    """
+    return {
+        name: _row(name, code, shared, arch)
+        for file in FILES
+        for name, code, shared in _kernels(ROOT / "csrc" / "cuda" / f"{file}.cu", arch)
+    }
+
+
+def choice(static: dict[str, dict[str, Row]], budget: dict[str, Any]) -> dict[str, dict[str, bool]]:
+    """By architecture and "stage bytes stride": does CUDA C++ issue fewer instructions than Triton?"""
+    table: dict[str, dict[str, bool]] = {}
+    for arch, kernels in static.items():
+        for name, row in kernels.items():
+            stage, kind, stride, before, _ = _KERNEL.fullmatch(name).groups()
+            if kind == "bfloat16" or before == "x":
+                continue
+            theirs = triton_instructions(budget, arch, kind, stage, int(stride))
+            wins = not row["faults"] and theirs is not None and row["instructions_per_element"] < theirs
+            table.setdefault(arch, {})[f"{stage} {4 if kind == 'float32' else 2} s{stride}"] = wins
+    return table
+
+
+def triton_instructions(budget: dict[str, Any], arch: str, kind: str, stage: str, stride: int) -> float | None:
+    """Instructions an element of Triton's kernel on SHAPES' shape; sm_80's where an architecture has no figure."""
+    c, side = SHAPES[stride]
+    for where in (arch, "sm_80"):
+        for name, row in budget.get(where, {}).get(kind, {}).items():
+            if (
+                name.startswith(f"_{stage}_kernel: {stage} ")
+                and f"{BATCH}x{c}x{side}x{side} {c}x1x3x3 {stride}" in name
+            ):
+                return row["instructions_per_element"]
+    return None
+
+
+def _row(name: str, code: sass.Code, shared: int, arch: Architecture) -> Row:
+    stage, kind, stride, _, slabs = _KERNEL.fullmatch(name).groups()
+    warps = warps_per_sm(arch, 4 * int(slabs), code.registers, shared)
+    instructions = _instructions(code, stage, 4 if kind == "float32" else 2, int(stride))
+    spills = code.count(*sass.SPILLING)
+    faults = []
+    if spills or code.stack_bytes:
+        faults.append(f"{spills} accesses to local memory ({code.stack_bytes} bytes)")
+    if shared > arch.shared_per_block:
+        faults.append(f"{shared} bytes of shared memory, {arch.shared_per_block} are there")
+    elif warps < ENOUGH_WARPS:
+        faults.append(f"{warps} warps on an SM, {ENOUGH_WARPS} are wanted")
+    if kind != "float32" and not code.count(*sass.TENSOR_CORE):
+        faults.append("no tensor cores")
+    return {
+        "registers": code.registers,
+        "shared_bytes": shared,
+        "warps_per_sm": warps,
+        "instructions_per_element": round(instructions, 2),
+        "tensor_core": code.count(*sass.TENSOR_CORE),
+        "faults": faults,
+    }
+
+
+def _instructions(code: sass.Code, stage: str, itemsize: int, stride: int) -> float:
+    """Instructions of all threads of a launch, per element of the convolution's input."""
+    c, side = SHAPES[stride]
+    backward = stage.endswith("backward")
+    plan = cut(BATCH, c, side, side, stride, itemsize, backward)
+    straight, own = code.own_instructions()
+    main = max((loop for loop in code.loops if loop.depth == 0), key=lambda loop: len(loop.body))
+    total = float(straight)
+    # Rows that one pass of the main loop covers, see kPeriod in the sources.
+    period = {(False, 1): 4, (False, 2): 5, (True, 1): 4, (True, 2): 3}[backward, stride]
+    tiles = -(-plan.groups * plan.columns // 16)
+    for loop, count in zip(code.loops, own, strict=True):
+        if loop is main:
+            total += count * plan.rows / period
+        elif loop.body < main.body:
+            total += count * plan.rows / period * tiles / 4
+        else:
+            total += count
+    blocks = plan.parts(BATCH) * -(-c // 16)
+    return total * 128 * blocks / (BATCH * c * side * side)
+
+
+def _kernels(source: Path, arch: Architecture) -> Iterator[tuple[str, sass.Code, int]]:
+    """Name, machine code and dynamic shared memory of every kernel of a file."""
+    sys.path.append(str(ROOT / "tests"))
+    from ptxcpu.nvcc import find_nvcc
+
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise UserError("no nvcc here (set CUDA_HOME): the CUDA C++ kernels cannot be compiled")
+    with tempfile.TemporaryDirectory() as folder:
+        files = {kind: str(Path(folder, f"kernels.{kind}")) for kind in ("ptx", "cubin")}
+        for kind, target in files.items():
+            command = [nvcc, f"-{kind}", f"-arch=sm_{arch.number}", "-std=c++17", "-O3", "-DMBV2_STATIC_REPORT"]
+            done = subprocess.run([*command, str(source), "-o", target], capture_output=True, text=True)
+            if done.returncode:
+                raise UserError(f"nvcc cannot compile {source.name} for {arch.name}: {done.stderr.strip()[-500:]}")
+        shared = {name: int(size) for name, size in _SHARED.findall(Path(files["ptx"]).read_text())}
+        usage = sass.tool("cuobjdump", "-res-usage", files["cubin"])
+        used = {
+            name: (int(registers), int(stack) + int(local))
+            for name, registers, stack, local in re.findall(
+                r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage
+            )
+        }
+        parts = re.split(r"^\.text\.(\w+):", sass.tool("nvdisasm", "-c", "-ndf", files["cubin"]), flags=re.M)
+    for name, text in zip(parts[1::2], parts[2::2], strict=True):
+        instructions = sass.parse(text)
+        yield name, sass.Code(instructions, sass.find_loops(instructions), *used[name]), shared[name]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """See the module's text."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_static", description=__doc__.split("\n")[0])
+    parser.add_argument("command", choices=("report", "check"))
+    parser.add_argument("--arch", type=int, nargs="*", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    arguments = parser.parse_args(argv)
+    static = {}
+    for number in arguments.arch:
+        static[f"sm_{number}"] = rows(ARCHITECTURES[number])
+        print(f"sm_{number}: {len(static[f'sm_{number}'])} kernels", flush=True)
+    budget = json.loads((RESULTS.parent / "resources.json").read_text())
+    if arguments.command == "report":
+        write_atomic(RESULTS, as_json(static).encode())
+        write_atomic(CHOICE, as_json(choice(static, budget)).encode())
+    known, problems = json.loads(RESULTS.read_text()), []
+    for arch, kernels in static.items():
+        for name, row in kernels.items():
+            problems += [f"{arch} {name}: {fault}" for fault in row["faults"]]
+            before = known.get(arch, {}).get(name)
+            if before is None or row["instructions_per_element"] > SLACK * before["instructions_per_element"]:
+                problems.append(
+                    f"{arch} {name}: {row['instructions_per_element']} instructions an element, was {before}"
+                )
+    if choice(known, budget) != json.loads(CHOICE.read_text()):
+        problems.append(f"{CHOICE.name} is not what the figures say; run `python -m bench.gpu_static report`")
+    print(*problems, f"{len(problems)} problems", sep="\n")
+    return 1 if problems else 0
+
+
+def as_json(table: dict[str, dict[str, Any]]) -> str:
+    """JSON with a line for every entry, so that changes can be read."""
+    archs = (
+        f'"{arch}": {{\n' + ",\n".join(f'  "{key}": {json.dumps(value)}' for key, value in entries.items()) + "\n}"
+        for arch, entries in table.items()
+    )
+    return "{\n" + ",\n".join(archs) + "\n}\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
