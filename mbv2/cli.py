@@ -15,6 +15,7 @@ COMMANDS = {
     "eval": ("mbv2.evaluate", "top-1 and top-5 accuracy of trained weights on labelled pictures"),
     "infer": ("mbv2.infer", "what is on these pictures"),
     "convert": ("mbv2.convert.command", "weights of another library or format into ours, and back to MindSpore"),
+    "export": ("mbv2.export.command", "a trained network as ONNX, torch.export, AOTInductor, TorchScript, int8, ..."),
     "models": ("mbv2.models_table", "the 22 published variants, with the accuracy others published for them"),
     "doctor": ("mbv2.doctor", "what will be used on this machine, and why"),
     "quickstart": ("mbv2.quickstart", "draw a small data set, train, evaluate and infer, end to end"),

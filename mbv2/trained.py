@@ -1,6 +1,6 @@
 """A trained network as evaluation and inference need it: the network, its class names, and how it takes pictures."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mbv2.data.recipe import Recipe
@@ -21,6 +21,7 @@ class Trained:
         names_are_own: whether the weights file carried them.
         recipe: resolution and normalisation.
         source: the file or address of the weights.
+        meta: what the weights file says, completed by what was asked for.
     """
 
     model: "MobileNetV2"
@@ -28,6 +29,7 @@ class Trained:
     names_are_own: bool
     recipe: Recipe
     source: str
+    meta: dict[str, Any] = field(default_factory=dict)
 
 
 def load_trained(
@@ -73,7 +75,7 @@ def load_trained(
         std=_three(std or meta.get("std"), Recipe.std, "--std"),
         squeeze=bool(meta.get("squeeze", False)),
     )
-    return Trained(model.eval(), names, own, recipe, weights.source)
+    return Trained(model.eval(), names, own, recipe, weights.source, meta)
 
 
 def _three(values: Any, default: tuple[float, float, float], option: str) -> tuple[float, float, float]:

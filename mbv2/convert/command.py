@@ -15,7 +15,7 @@ from mbv2.convert.network import NotThisNetwork, state_dict
 from mbv2.data.recipe import Recipe
 from mbv2.errors import UserError
 from mbv2.files import write_atomic
-from mbv2.model import PADDINGS
+from mbv2.model import PADDINGS, MobileNetV2
 
 # How pictures are given to networks of the two families.
 PREPROCESSING: dict[str, dict[str, Any]] = {
@@ -92,22 +92,29 @@ def convert(
         notes.append(calibrate(model, meta, pictures))
     elif folded:
         notes.append("BatchNorm is folded in: before fine-tuning, give --calibrate a folder of pictures")
-    state = model.state_dict()
     try:
-        if dst.suffix == ".safetensors":
-            weights.save_weights(dst, state, meta)
-        else:
-            if meta["padding"] != "symmetric":
-                raise UserError(
-                    f"{dst}: MindSpore's MobileNetV2 pads symmetrically; these weights are trained with SAME"
-                )
-            write_atomic(dst, mindspore.write(state, naming))
+        save(model, meta, dst, "safetensors" if dst.suffix == ".safetensors" else "mindspore", naming)
     except OSError as error:
         raise UserError(f"{dst}: cannot be written ({error.strerror or error})") from error
     facts = ", ".join(f"{key} {meta[key]}" for key in ("alpha", "resolution", "num_classes", "class_offset", "padding"))
     crop = "whole picture squeezed" if meta["squeeze"] else "centre crop"
     picture = f"pictures: mean {_rounded(meta['mean'])}, std {_rounded(meta['std'])}, {crop}"
     return [f"{meta['converted_from']}: {facts}, bn_eps {meta['bn_eps']:g}", picture, *notes]
+
+
+def save(model: MobileNetV2, meta: dict[str, Any], dst: Path, format: str, naming: str = "mindcv") -> None:
+    """Write `model` as "safetensors" with its meta, or as "mindspore" in one of its two namings.
+
+    Raises:
+        UserError: MindSpore's network could not compute the same.
+        OSError: what the file system says.
+    """
+    if format == "safetensors":
+        weights.save_weights(dst, model.state_dict(), meta)
+        return
+    if model.padding != "symmetric":
+        raise UserError(f"{dst}: MindSpore's MobileNetV2 pads symmetrically; these weights are trained with SAME")
+    write_atomic(dst, mindspore.write(model.state_dict(), naming))
 
 
 def describe(src: Path, format: str, said: Said) -> weights.Weights:
@@ -180,7 +187,7 @@ def main(argv: Sequence[str]) -> int:
     add("--channel_order", choices=("rgb", "bgr"), default="rgb", help="that SRC expects; DST always expects RGB")
     add("--naming", choices=("mindcv", "mindvision"), default="mindcv", help="of a MindSpore file to write")
     add("--calibrate", default="", metavar="FOLDER", help="pictures to restore folded BatchNorm statistics on")
-    options = _parse(parser, argv)
+    options = parse_arguments(parser, argv, "SRC and DST")
     said = Said(**{name: getattr(options, name) for name in Said.__dataclass_fields__})
     for line in convert(options.src, options.dst, options.format, said, options.naming, options.calibrate):
         print(f"convert: {line}", file=sys.stderr)
@@ -188,18 +195,23 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str], needed: str) -> argparse.Namespace:
+    """What argparse makes of `argv`.
+
+    Raises:
+        UserError: an unknown or wrong option, or the positional arguments, called `needed`, are missing.
+    """
     try:
         options, unknown = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
-        raise UserError(f"{error} (see mbv2 convert --help)") from error
+        raise UserError(f"{error} (see {parser.prog} --help)") from error
     except SystemExit as error:
         # Python 3.11 and older still exit when positional arguments are missing.
         if not error.code:
             raise
-        raise UserError("SRC and DST are needed (see mbv2 convert --help)") from error
+        raise UserError(f"{needed} are needed (see {parser.prog} --help)") from error
     if unknown:
-        raise UserError(f"unrecognized arguments: {' '.join(unknown)} (see mbv2 convert --help)")
+        raise UserError(f"unrecognized arguments: {' '.join(unknown)} (see {parser.prog} --help)")
     return options
 
 

@@ -1,0 +1,187 @@
+"""`mbv2 export WEIGHTS DST`: a trained network for other runtimes, checked in them."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mbv2.errors import UserError
+from mbv2.trained import Trained, load_trained
+
+if TYPE_CHECKING:
+    from mbv2.data import Source
+    from mbv2.export.check import Report
+
+FORMATS = {
+    "onnx": "ONNX, float32, any batch",
+    "onnx-int8": "ONNX in QDQ format, ranges measured on --data_url",
+    "pt2": "torch.export program",
+    "aoti": "AOTInductor package, compiled for this machine's CPU",
+    "torchscript": "traced TorchScript",
+    "safetensors": "our own weights file",
+    "mindspore": "MindSpore .ckpt in mindcv's names",
+}
+_BY_SUFFIX = {
+    ".onnx": "onnx",
+    ".pt2": "pt2",
+    ".pt": "torchscript",
+    ".safetensors": "safetensors",
+    ".ckpt": "mindspore",
+}
+_CALIBRATION, _BATCH = 128, 16
+
+
+def export(
+    pretrained: str,
+    dst: str | Path,
+    format: str = "auto",
+    resize: int | None = None,
+    data_url: str = "",
+    check: bool = False,
+) -> "Report | None":
+    """Write a trained network in another format.
+
+    Args:
+        pretrained: weights as `mbv2 eval` takes them.
+        dst: the file to write.
+        format: one of `FORMATS`, or "auto" to go by the suffix of `dst`.
+        resize: side of the network's input (default: from the weights).
+        data_url: pictures to measure int8 ranges on and to check with; without, the check takes noise.
+        check: run the file in its own runtime and compare it with the network.
+
+    Returns:
+        What the check found, or None.
+
+    Raises:
+        UserError: bad weights or options, or what the format needs is not installed.
+    """
+    dst = Path(dst)
+    format = _format(dst, format)
+    if not dst.absolute().parent.is_dir() or dst.is_dir():
+        raise UserError(f"{dst}: give the name of a file in a folder that exists")
+    if format == "onnx-int8" and not data_url:
+        raise UserError("--format onnx-int8 measures ranges on pictures: give --data_url a folder of them")
+    trained = load_trained(pretrained, resize=resize)
+    source = _source(data_url, trained) if data_url else None
+    try:
+        _write(trained, pretrained, dst, format, source)
+    except OSError as error:
+        raise UserError(f"{dst}: cannot be written ({error.strerror or error})") from error
+    if not check:
+        return None
+    from mbv2.export.check import compare, runner
+
+    batches = _noise(trained) if source is None else _pictures(trained, *source)
+    return compare(trained.model, runner(dst, format), batches)
+
+
+def main(argv: Sequence[str]) -> int:
+    """`mbv2 export`: 0, or 1 when the check finds that the file computes something else.
+
+    Raises:
+        UserError: see `export`.
+    """
+    parser = argparse.ArgumentParser(
+        prog="mbv2 export",
+        description="Write a trained network for other runtimes.",
+        epilog="formats: " + "; ".join(f"{name}: {about}" for name, about in FORMATS.items()),
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("weights", help="a .safetensors, .pth or .ckpt file, or True for torchvision's published weights")
+    add("dst", help="file to write")
+    add("--format", choices=("auto", *FORMATS), default="auto", help="(default: by the suffix of DST)")
+    add("--resize", type=int, help="side of the network's input in pixels (default: from the weights, else 224)")
+    add("--data_url", default="", help="pictures for int8 ranges and for --check: a folder, labelled or not")
+    add("--check", action="store_true", help="run the file in its own runtime and compare; exit code 1 if it differs")
+    add(
+        "--min_agreement",
+        type=float,
+        default=0.9,
+        help="int8: least share of pictures with the same class [%(default)s]",
+    )
+    from mbv2.convert.command import parse_arguments
+
+    options = parse_arguments(parser, argv, "WEIGHTS and DST")
+    if not 0 <= options.min_agreement <= 1:
+        raise UserError(f"--min_agreement {options.min_agreement}: a share lies between 0 and 1")
+    report = export(options.weights, options.dst, options.format, options.resize, options.data_url, options.check)
+    print(options.dst)
+    if report is None:
+        return 0
+    print(f"check: {report.sentence()}", file=sys.stderr)
+    refusal = report.refusal(_format(Path(options.dst), options.format), options.min_agreement)
+    if refusal:
+        print(f"mbv2: error: {options.dst} computes something else: {refusal}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _format(dst: Path, format: str) -> str:
+    if format != "auto":
+        if format not in FORMATS:
+            raise UserError(f"--format {format}: choose {', '.join(FORMATS)}")
+        return format
+    if dst.suffix not in _BY_SUFFIX:
+        raise UserError(f"{dst}: no format goes by {dst.suffix or 'no suffix'}; give --format {', '.join(FORMATS)}")
+    return _BY_SUFFIX[dst.suffix]
+
+
+def _write(trained: Trained, pretrained: str, dst: Path, format: str, source: "tuple[Source, bool] | None") -> None:
+    if format in ("safetensors", "mindspore"):
+        from mbv2.convert.command import save
+
+        save(trained.model, trained.meta, dst, format)
+        return
+    from mbv2.export import write
+    from mbv2.export.plain import PlainNetwork
+
+    side = trained.recipe.resolution
+    network = PlainNetwork(trained.model, side)
+    if format == "onnx-int8":
+        assert source is not None
+        batches = (images for images, _ in _pictures(trained, source[0], False, _CALIBRATION))
+        write.onnx_int8(network, side, dst, batches)
+        return
+    getattr(write, format)(network, side, dst)
+
+
+def _source(data_url: str, trained: Trained) -> "tuple[Source, bool]":
+    """(pictures, whether they have labels of the network's classes)."""
+    from mbv2.data import open_source
+    from mbv2.infer import find_pictures
+
+    try:
+        source = open_source(data_url, "val", trained.class_names if trained.names_are_own else None)
+    except UserError:
+        return find_pictures(data_url), False
+    return source, max(sample.label for sample in source.samples) < trained.model.num_real_classes
+
+
+def _pictures(
+    trained: Trained, source: "Source", labelled: bool, limit: int | None = None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    from mbv2 import distributed
+    from mbv2.data import Source, make_loader
+
+    step = max(1, len(source.samples) // limit) if limit else 1
+    chosen = Source(source.samples[::step][:limit], source.class_names)
+    world = distributed.init("CPU", run_distribute=False)
+    loader = make_loader("torch", chosen, trained.recipe, False, _BATCH, world, workers=0, on_corrupt="skip")
+    try:
+        for images, labels, _ in loader:
+            yield images, labels if labelled else None
+    finally:
+        loader.close()
+
+
+def _noise(trained: Trained) -> Iterator[tuple[Tensor, None]]:
+    side = trained.recipe.resolution
+    generator = torch.Generator().manual_seed(0)
+    for batch in (1, 3):
+        yield torch.randn(batch, 3, side, side, generator=generator), None
