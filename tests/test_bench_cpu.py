@@ -38,3 +38,10 @@ def test_every_part_is_timed() -> None:
     parts = cpu.measure_parts(0.35, 64, 1, 0)["parts"]
     assert [part["name"] for part in parts[-2:]] == ["head", "classifier"]
     assert all(part["ms"] > 0 and part["percent_of_peak"] > 0 for part in parts)
+
+
+@torch.no_grad()
+def test_the_environment_names_machine_and_versions() -> None:
+    found = cpu.environment()
+    assert torch.__version__.startswith(found["versions"]["torch"].split("+")[0])
+    assert found["cpu"]["model"]
