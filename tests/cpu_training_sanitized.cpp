@@ -9,7 +9,6 @@
 #include "train_memory.h"
 #include "train_stages.h"
 
-using namespace mbv2::cpu;
 using namespace mbv2::cpu::train;
 
 namespace {

@@ -23,6 +23,7 @@ struct Weight {
 
     int64_t length() const { return inputs * taps; }
     T* at(int64_t output, int64_t k) const {
+        if (taps == 1) return data + output * output_stride + k * input_stride;  // no division
         const int64_t tap = k / inputs, input = k % inputs;
         return data + output * output_stride + input * input_stride + tap / 3 * row_stride + tap % 3 * column_stride;
     }
