@@ -41,6 +41,7 @@ def compared(source: Path, data: Path, folder: Path) -> tuple[float, int, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_quantisation_aware_file_recognises_the_same(shared_data: Path, tmp_path: Path) -> None:
     source = shared_data / "weights" / "mobilenet_v2_1.0_224_quant.tflite"
     agreement, ours, theirs = compared(source, shared_data / "eval" / "nips17_ccby_299", tmp_path)
@@ -50,6 +51,7 @@ def test_quantisation_aware_file_recognises_the_same(shared_data: Path, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_post_training_file_recognises_nearly_the_same(shared_data: Path, tmp_path: Path) -> None:
     source = shared_data / "weights" / "tf2_mobilenet_v2_1.0_224_ptq.tflite"
     agreement, ours, theirs = compared(source, shared_data / "eval" / "nips17_ccby_299", tmp_path)

@@ -75,6 +75,9 @@ def hugging_face(
         names = config.get("id2label") or {}
         if str(names.get("0", "")).lower() == "background":
             facts["class_offset"] = 1
+        ordered = [str(names.get(str(index), "LABEL_")) for index in range(len(names))]
+        if ordered and not any(name.startswith("LABEL_") for name in ordered):
+            facts["class_names"] = ordered[facts.get("class_offset", 0) :]
     if pictures.get("image_mean") and pictures.get("image_std"):
         facts["mean"] = [float(value) for value in pictures["image_mean"]]
         facts["std"] = [float(value) for value in pictures["image_std"]]

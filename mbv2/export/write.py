@@ -102,8 +102,12 @@ def aoti(network: nn.Module, resolution: int, dst: Path) -> None:
 
 def torchscript(network: nn.Module, resolution: int, dst: Path) -> None:
     """A traced TorchScript module, for `torch.jit.load` and libtorch; torch keeps it, but develops it no further."""
-    traced = torch.jit.trace(network, torch.zeros(2, 3, resolution, resolution), check_trace=False)
-    _aside(dst, lambda path: torch.jit.save(traced, path))
+
+    def write(path: Path) -> None:
+        traced = torch.jit.trace(network, torch.zeros(2, 3, resolution, resolution), check_trace=False)
+        torch.jit.save(traced, path)
+
+    _aside(dst, write)
 
 
 def _program(network: nn.Module, resolution: int) -> torch.export.ExportedProgram:
