@@ -74,13 +74,12 @@ Tensor dense_like(const Tensor& x, const Tensor& like) {
 }
 
 Tensor new_dense(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
+    // No permuted view: what an operator returns must allow operations in place.
+    const int64_t sizes[] = {n, c, h, w}, strides[] = {c * h * w, 1, w * c, c};
     const int64_t bytes = n * c * h * w * like.element_size();
-    if (bytes < cpu::train::kLeastPooled) {
-        const auto options = like.options().memory_format(at::MemoryFormat::Contiguous);
-        return at::empty({n, h, w, c}, options).permute({0, 3, 1, 2});
-    }
+    if (bytes < cpu::train::kLeastPooled) return at::empty_strided(sizes, strides, like.options());
     void* const memory = cpu::train::borrow(bytes);
-    return at::from_blob(memory, {n, c, h, w}, {c * h * w, 1, w * c, c}, cpu::train::give_back, like.options());
+    return at::from_blob(memory, sizes, strides, cpu::train::give_back, like.options());
 }
 Tensor new_like(const Tensor& x) { return new_dense(x, x.size(0), x.size(1), x.size(2), x.size(3)); }
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mbv2.kernels.layout import COUNT, MEAN, RSTD, SCALE, SHIFT, channels_last, wide
+from mbv2.kernels.layout import COUNT, MEAN, RSTD, SCALE, SHIFT, result_in_channels_last, wide
 
 # --- forward -------------------------------------------------------------------------------------------------
 
@@ -68,7 +68,7 @@ def bn_apply(y: Tensor, bn: Tensor, residual: Tensor | None, relu6: bool) -> Ten
     """scale * y + shift, then ReLU6 if asked, then plus residual; rounded once, to y's type."""
     z = _normalised(y, bn)
     z = F.relu6(z) if relu6 else z
-    return channels_last((z if residual is None else z + residual).to(y.dtype))
+    return result_in_channels_last((z if residual is None else z + residual).to(y.dtype))
 
 
 def bn_relu6_pool(y: Tensor, bn: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def project_backward(
     if da2 is None:
         return None, None, dweight
     dz2 = _masked(da2, y2, bn2)
-    return channels_last(dz2.to(y2.dtype)), _sums(dz2.to(y2.dtype), y2, bn2), dweight
+    return result_in_channels_last(dz2.to(y2.dtype)), _sums(dz2.to(y2.dtype), y2, bn2), dweight
 
 
 def depthwise_backward(
@@ -139,9 +139,9 @@ def depthwise_backward(
     if da1 is None:
         return None, None, dweight
     if bn1 is None:
-        return channels_last(da1), None, dweight
+        return result_in_channels_last(da1), None, dweight
     dz1 = _masked(da1, y1, bn1).to(y1.dtype)
-    return channels_last(dz1), _sums(dz1, y1, bn1), dweight
+    return result_in_channels_last(dz1), _sums(dz1, y1, bn1), dweight
 
 
 def expand_backward(
@@ -158,7 +158,7 @@ def expand_backward(
     dx, dweight = _conv_backward(_affine(dz1, y1, coef1), x, weight, 1, 0, 1, need_input, need_weight)
     if dx is not None and residual_grad is not None:
         dx = dx + residual_grad
-    return (None if dx is None else channels_last(dx)), dweight
+    return (None if dx is None else result_in_channels_last(dx)), dweight
 
 
 def stem_backward(
@@ -175,13 +175,13 @@ def stem_backward(
     """From the gradient at relu6(bn(y)): (dx, dweight) of the dense 3x3 convolution."""
     dy = _affine(_masked(grad, y, bn), y, coef)
     dx, dweight = _conv_backward(dy, x, weight, stride, 1, 1, need_input, need_weight)
-    return (None if dx is None else channels_last(dx)), dweight
+    return (None if dx is None else result_in_channels_last(dx)), dweight
 
 
 def pool_backward(grad: Tensor, y: Tensor, bn: Tensor) -> tuple[Tensor, Tensor]:
     """From the gradient [N, C] at the pooled output: (dz at bn's output [N, C, H, W], its sums)."""
     spread = (grad.to(bn.dtype) / (y.shape[2] * y.shape[3]))[:, :, None, None].expand(y.shape)
-    dz = channels_last(_masked(spread, y, bn).to(y.dtype))
+    dz = result_in_channels_last(_masked(spread, y, bn).to(y.dtype))
     return dz, _sums(dz, y, bn)
 
 
@@ -190,19 +190,19 @@ def pool_backward(grad: Tensor, y: Tensor, bn: Tensor) -> tuple[Tensor, Tensor]:
 
 def stem_folded(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
     """relu6(conv3x3(x) + bias); bias is in the wide type, as in all functions below."""
-    return channels_last(F.relu6(_conv_bias(x, weight, bias, stride, 1, 1)).to(x.dtype))
+    return result_in_channels_last(F.relu6(_conv_bias(x, weight, bias, stride, 1, 1)).to(x.dtype))
 
 
 def pointwise_folded(x: Tensor, weight: Tensor, bias: Tensor, relu6: bool, residual: Tensor | None) -> Tensor:
     """conv1x1(x) + bias, then ReLU6 if asked, then plus residual."""
     y = _conv_bias(x, weight, bias, 1, 0, 1)
     y = F.relu6(y) if relu6 else y
-    return channels_last((y if residual is None else y + residual).to(x.dtype))
+    return result_in_channels_last((y if residual is None else y + residual).to(x.dtype))
 
 
 def depthwise_folded(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
     """relu6(depthwise3x3(x) + bias)."""
-    return channels_last(F.relu6(_conv_bias(x, weight, bias, stride, 1, x.shape[1])).to(x.dtype))
+    return result_in_channels_last(F.relu6(_conv_bias(x, weight, bias, stride, 1, x.shape[1])).to(x.dtype))
 
 
 def expand_depthwise_folded(x: Tensor, w1: Tensor, b1: Tensor, wd: Tensor, bd: Tensor, stride: int) -> Tensor:
@@ -254,7 +254,7 @@ def _activation(y: Tensor, bn: Tensor | None) -> Tensor:
 
 
 def _with_moments(y: Tensor) -> tuple[Tensor, Tensor]:
-    y = channels_last(y)
+    y = result_in_channels_last(y)
     values = y.to(wide(y.dtype))
     # An empty part has a mean as well, or merging it would spread its NaN.
     mean = values.mean((0, 2, 3)) if values.numel() else values.new_zeros(y.shape[1])

@@ -33,4 +33,13 @@ def channels_last(x: Tensor) -> Tensor:
 def new_channels_last(like: Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised [N, C, H, W] tensor with dense NHWC memory on `like`'s device."""
     n, c, h, w = shape
-    return like.new_empty((n, h, w, c), dtype=dtype or like.dtype).permute(0, 3, 1, 2)
+    # Not a permuted view: what an operator returns must allow operations in place.
+    return like.new_empty_strided((n, c, h, w), (c * h * w, 1, w * c, c), dtype=dtype or like.dtype)
+
+
+def result_in_channels_last(x: Tensor) -> Tensor:
+    """As `channels_last`, and never a view, for the same reason."""
+    n, c, h, w = x.shape
+    if x.stride() == (c * h * w, 1, w * c, c) and not x._is_view():
+        return x
+    return new_channels_last(x, (n, c, h, w)).copy_(x)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mbv2.kernels import staged_backward as backward
 from mbv2.kernels.dispatch import Stages, stages_for
-from mbv2.kernels.layout import SCALE, SHIFT, VAR, channels_last, new_channels_last, wide
+from mbv2.kernels.layout import SCALE, SHIFT, VAR, channels_last, new_channels_last, result_in_channels_last, wide
 from mbv2.kernels.registration import operator
 from mbv2.kernels.staged_backward import affine_bn
 
@@ -246,7 +246,7 @@ def bn_apply(y: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, r
     _check_bn_apply(y, scale, shift, residual)
     stages = stages_for("bn_apply", y)
     skip = None if residual is None else channels_last(residual)
-    return channels_last(stages.bn_apply(channels_last(y), affine_bn(scale, shift, y.dtype), skip, relu6))
+    return result_in_channels_last(stages.bn_apply(channels_last(y), affine_bn(scale, shift, y.dtype), skip, relu6))
 
 
 @bn_apply.register_fake

@@ -12,7 +12,7 @@ import torch
 from conftest import Gpu
 from torch import Tensor
 
-from mbv2.kernels import aten
+from mbv2.kernels import aten, layout
 
 FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 3e-4, torch.bfloat16: 2.5e-3}
 CAP = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 3e-2, torch.bfloat16: 1e-1}
@@ -78,7 +78,7 @@ def check_stage(gpu: Gpu, stage: Callable[..., Any], *args: Any, slack: float = 
             continue
         mine = mine.cpu()
         assert mine.dtype == theirs.dtype, (label, mine.dtype, theirs.dtype)
-        if mine.dim() == 4 and theirs.stride() == aten.channels_last(theirs).stride():
+        if mine.dim() == 4 and theirs.stride() == layout.channels_last(theirs).stride():
             assert mine.stride() == theirs.stride(), f"{label} has other strides than its twin"
         for row, (m, t, e) in enumerate(zip(_merged(mine), _merged(theirs), _merged(truth), strict=True)):
             assert m.shape == t.shape, (label, m.shape, t.shape)

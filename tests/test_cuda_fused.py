@@ -9,7 +9,7 @@ from ptxcpu.nvcc import find_nvcc
 from stage_check import activations, assert_as_good_as_eager
 from torch import Tensor
 
-from mbv2.kernels import aten
+from mbv2.kernels import aten, layout
 from mbv2.kernels.cuda import fused, stages
 
 pytest.importorskip("mbv2._C", reason="the planner is not compiled here")
@@ -26,7 +26,7 @@ def run(x: Tensor, weights: tuple[Tensor | None, ...], stride: int, residual: bo
     eager = aten.inverted_residual_folded(x, *weights, stride, residual)
     doubled = [t if t is None else t.double() for t in weights]
     exact = aten.inverted_residual_folded(x.double(), *doubled, stride, residual)
-    assert got.stride() == aten.channels_last(eager).stride() and got.dtype == eager.dtype
+    assert got.stride() == layout.channels_last(eager).stride() and got.dtype == eager.dtype
     assert_as_good_as_eager("fused block", got, eager, exact, x.dtype)
     return got
 
@@ -148,7 +148,7 @@ def test_every_other_stage_is_the_next_backends() -> None:
     assert stages.stem_folded is triton_stages.stem_folded
     with pytest.raises(AttributeError):
         _ = stages.no_such_stage
-    assert selfcheck._examples("inverted_residual_folded", HALF)
+    assert selfcheck.examples("inverted_residual_folded", HALF)
 
 
 @pytest.mark.parametrize("dtype", [HALF, pytest.param(BFLOAT16, marks=slow), pytest.param(FLOAT, marks=slow)])

@@ -15,6 +15,7 @@ from mbv2.model import MobileNetV2
 
 
 def trained(padding: str = "symmetric", eps: float = 1e-5) -> MobileNetV2:
+    torch.manual_seed(2)
     model = MobileNetV2(4, 0.35, padding=padding, bn_eps=eps)
     generator = torch.Generator().manual_seed(2)
     for name, tensor in model.state_dict().items():

@@ -124,6 +124,19 @@ def test_the_output_of_a_picture_of_one_pixel_has_exact_strides(training: bool) 
     assert out.stride() == (2, 1, 2, 2)
 
 
+@pytest.mark.parametrize("name", ["aten", "cpu"])
+def test_what_a_block_returns_allows_operations_in_place(name: str) -> None:
+    """As torchvision's ReLU6(inplace=True) after one."""
+    if name not in kernels.report()["available"]:
+        pytest.skip(f"no backend {name} here")
+    block = block_of(BLOCKS[0], torch.float32).train()
+    x = torch.randn(2, 4, 1, 1)
+    with kernels.backend(name):
+        out = fused.inverted_residual(x, *arguments(block))
+        nn.functional.relu6(out, inplace=True).sum().backward()
+    assert all(parameter.grad is not None for parameter in block.parameters())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_low_precision_is_as_accurate_as_eager(dtype: torch.dtype) -> None:
     block = block_of((8, 8, 1, 6)).train()
