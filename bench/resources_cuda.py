@@ -52,8 +52,8 @@ def kernels(dtype: torch.dtype, arch: int, nvcc: str, only_tile: int | None = No
         done = subprocess.run([*command, "-o", str(cubin)], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr or done.stdout)
-        usage = sass._tool("cuobjdump", "-res-usage", str(cubin))
-        listing = sass._tool("nvdisasm", "-c", "-ndf", str(cubin))
+        usage = sass.tool("cuobjdump", "-res-usage", str(cubin))
+        listing = sass.tool("nvdisasm", "-c", "-ndf", str(cubin))
     texts = {part.split(",", 1)[0]: part for part in re.split(r"^\s*\.section\s+\.text\.", listing, flags=re.M)[1:]}
     found = {}
     for kernel, registers, stack, local in _USAGE.findall(usage):

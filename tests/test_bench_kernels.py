@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import __main__ as cli
 from bench import kernels as bench
 from bench import schema
+from mbv2 import kernels
 from mbv2.kernels import aten, dispatch
 from mbv2.model import MobileNetV2
 
@@ -52,7 +53,7 @@ def test_the_operators_are_the_networks_stem_distinct_blocks_and_head() -> None:
 
 def test_work_is_that_of_torchs_own_counter() -> None:
     for operator in bench.operators(0.35, 96, 2):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with kernels.backend("aten"), FlopCounterMode(display=False) as counter, torch.no_grad():
             operator.module.eval()
             out = operator.run(torch.zeros(operator.shape))
         assert counter.get_total_flops() == 2 * bench.multiply_adds(operator), operator.name
