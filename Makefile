@@ -3,19 +3,20 @@
 PYTHON ?= python3
 DATA ?=
 # Files go to the workers whole, as their tests share fixtures and compiled kernels.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadfile -m "not slow"
 
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip -qq --disable-pip-version-check --no-input
 
-.PHONY: help setup quickstart test lint clean
+.PHONY: help setup quickstart test test-slow lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart              train, evaluate and run a small model on drawn pictures (2-3 minutes)"
 	@echo "make quickstart DATA=folder  the same on your pictures (folder/train/<class>/, folder/val/<class>/)"
-	@echo "make test                    all tests, in two processes (PYTEST_ARGS='-m \"not slow\"' for the fast ones)"
+	@echo "make test                    all tests but the slow ones, in two processes"
+	@echo "make test-slow               the slow ones: whole networks, every layer of the gates, real pictures"
 	@echo "make lint                    ruff"
 	@echo "make clean                   remove the environment and build products"
 
@@ -53,6 +54,9 @@ quickstart: $(VENV)/.built
 
 test: $(VENV)/.built
 	@$(PY) -m pytest $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.built
+	@$(PY) -m pytest -n 2 -m slow
 
 lint: $(VENV)/.installed
 	@$(PY) -m ruff check
