@@ -30,6 +30,7 @@ class OptimizedCudaMobileNetV2(nn.Module):
         self.num_classes = model.num_classes
         self.class_offset = model.class_offset
         self._blocks = [(block.stride, block.use_res_connect) for block in model.features[1:-1]]
+        self._turns_picture = model.turns_picture
         self._stem_stride = model.features[0][0].stride[0]
         stages = [("stem", model.features[0].stage()), ("head", model.features[-1].stage())]
         for index, block in enumerate(model.features[1:-1]):
@@ -51,6 +52,8 @@ class OptimizedCudaMobileNetV2(nn.Module):
 
         channels_last input needs no copy. Gradients end here.
         """
+        if self._turns_picture:
+            x = x.flip(2, 3)
         x = torch.ops.mbv2.stem_folded(x, self.stem_weight, self.stem_bias, self._stem_stride)
         for index, (stride, residual) in enumerate(self._blocks):
             parts = [getattr(self, f"{name}{index}_{part}", None) for name in _STAGES for part in ("weight", "bias")]

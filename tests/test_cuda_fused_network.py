@@ -14,10 +14,10 @@ from mbv2.model import MobileNetV2
 from mbv2.optimized_cuda import OptimizedCudaMobileNetV2, check
 
 
-def trained(width: float, dtype: torch.dtype = torch.float32) -> MobileNetV2:
+def trained(width: float, dtype: torch.dtype = torch.float32, padding: str = "symmetric") -> MobileNetV2:
     """A model in evaluation mode whose BatchNorms have statistics worth folding."""
     torch.manual_seed(0)
-    model = MobileNetV2(10, width)
+    model = MobileNetV2(10, width, padding=padding)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.2)
@@ -32,9 +32,10 @@ def pictures(n: int = 2, size: int = 32, dtype: torch.dtype = torch.float32) -> 
     return torch.randn(n, 3, size, size, generator=generator).to(dtype)
 
 
+@pytest.mark.parametrize("padding", ["symmetric", "same"])
 @pytest.mark.parametrize("width", [0.35, 1.4])
-def test_logits_are_the_models(width: float) -> None:
-    model, x = trained(width), pictures()
+def test_logits_are_the_models(width: float, padding: str) -> None:
+    model, x = trained(width, padding=padding), pictures()
     fast = OptimizedCudaMobileNetV2(model)
     with torch.no_grad():
         expected = model(x)
