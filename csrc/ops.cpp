@@ -8,8 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/isa.h"
-#include "cpu/network.h"
+#include "ops_cpu_format.h"
 
 namespace mbv2 {
 namespace {
@@ -25,27 +24,31 @@ cpu::Plan read_plan(const at::Tensor& plan) {
     return cpu::Plan(plan.const_data_ptr<int64_t>(), plan.numel());
 }
 
-const cpu::Kernels& kernels_named(const std::string& isa) { return cpu::kernels(isa.c_str()); }
+std::string cpu_isa(const std::string& format) {
+    return cpu::with_format(format, [](auto f) { return std::string(cpu::kernels<decltype(f)>().name); });
+}
 
-std::string cpu_isa() { return cpu::kernels().name; }
-
-at::Tensor pack_network(at::TensorList weights, const at::Tensor& plan_tensor, const std::string& isa) {
+at::Tensor pack_network(at::TensorList weights, const at::Tensor& plan_tensor, const std::string& isa,
+                        const std::string& format) {
     const cpu::Plan plan = read_plan(plan_tensor);
-    const std::vector<int64_t> sizes = cpu::weight_sizes(plan);
-    TORCH_CHECK(weights.size() == sizes.size(), "the plan has ", sizes.size(), " weights, not ", weights.size());
-    std::vector<at::Tensor> dense;
-    std::vector<const float*> pointers;
-    for (size_t i = 0; i < sizes.size(); ++i) {
-        check_floats(weights[i], "a weight");
-        TORCH_CHECK(weights[i].numel() == sizes[i], "weight ", i, " has ", weights[i].numel(), " values, not ",
-                    sizes[i]);
-        dense.push_back(weights[i].contiguous());
-        pointers.push_back(dense.back().const_data_ptr<float>());
-    }
-    const cpu::Kernels& kernels = kernels_named(isa);
-    at::Tensor packed = at::empty({cpu::packed_size(plan, kernels)}, at::kFloat);
-    cpu::pack(plan, kernels, pointers.data(), packed.mutable_data_ptr<float>());
-    return packed;
+    return cpu::with_format(format, [&](auto f) {
+        using F = decltype(f);
+        const std::vector<int64_t> sizes = cpu::weight_sizes<F>(plan);
+        TORCH_CHECK(weights.size() == sizes.size(), "the plan has ", sizes.size(), " weights, not ", weights.size());
+        std::vector<at::Tensor> dense;
+        std::vector<const float*> pointers;
+        for (size_t i = 0; i < sizes.size(); ++i) {
+            check_floats(weights[i], "a weight");
+            TORCH_CHECK(weights[i].numel() == sizes[i], "weight ", i, " has ", weights[i].numel(), " values, not ",
+                        sizes[i]);
+            dense.push_back(weights[i].contiguous());
+            pointers.push_back(dense.back().const_data_ptr<float>());
+        }
+        const cpu::Kernels<F>& kernels = cpu::kernels<F>(isa.c_str());
+        at::Tensor packed = at::empty({cpu::packed_size(plan, kernels)}, at::kByte);
+        cpu::pack(plan, kernels, pointers.data(), reinterpret_cast<std::byte*>(packed.mutable_data_ptr<uint8_t>()));
+        return packed;
+    });
 }
 
 void run_on_torch_threads(int64_t count, void* context, void (*body)(void*, int64_t, int64_t)) {
@@ -53,17 +56,12 @@ void run_on_torch_threads(int64_t count, void* context, void (*body)(void*, int6
 }
 
 at::Tensor network(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& plan_tensor, int64_t classes,
-                   const std::string& isa) {
+                   const std::string& isa, const std::string& format) {
     check_floats(x, "the input");
-    check_floats(packed, "the packed network");
     TORCH_CHECK(x.dim() == 4 && x.size(1) == 3, "the input must be [N, 3, H, W], not ", x.sizes());
     TORCH_CHECK(x.size(2) > 0 && x.size(3) > 0, "the input has no pixels: ", x.sizes());
     const cpu::Plan plan = read_plan(plan_tensor);
-    const cpu::Kernels& kernels = kernels_named(isa);
-    const auto address = reinterpret_cast<uintptr_t>(packed.const_data_ptr<float>());
     TORCH_CHECK(plan.classes == classes, "the plan has ", plan.classes, " classes, not ", classes);
-    TORCH_CHECK(packed.is_contiguous() && packed.numel() == cpu::packed_size(plan, kernels) && address % 64 == 0,
-                "the packed network does not belong to this plan and the instruction set ", kernels.name);
     at::Tensor logits = at::empty({x.size(0), classes}, x.options().memory_format(at::MemoryFormat::Contiguous));
     if (x.size(0) == 0) return logits;
     const int64_t column = x.stride(3);
@@ -77,14 +75,19 @@ at::Tensor network(const at::Tensor& x, const at::Tensor& packed, const at::Tens
                               input.stride(2),
                               input.stride(3)};
     const cpu::Threads threads = {at::in_parallel_region() ? 1 : at::get_num_threads(), run_on_torch_threads};
-    cpu::run(plan, kernels, packed.const_data_ptr<float>(), image, threads, logits.mutable_data_ptr<float>());
+    cpu::with_format(format, [&](auto f) {
+        const auto& kernels = cpu::kernels<decltype(f)>(isa.c_str());
+        const std::byte* weights = cpu::packed_bytes(packed, plan, kernels);
+        cpu::run(plan, kernels, weights, image, threads, logits.mutable_data_ptr<float>());
+    });
     return logits;
 }
 
 TORCH_LIBRARY_FRAGMENT(mbv2, library) {
-    library.def("cpu_isa() -> str", cpu_isa);
-    library.def("cpu_pack_network(Tensor[] weights, Tensor plan, str isa) -> Tensor");
-    library.def("cpu_network(Tensor x, Tensor packed, Tensor plan, int classes, str isa) -> Tensor");
+    library.def("cpu_isa(str format='float32') -> str", cpu_isa);
+    library.def("cpu_pack_network(Tensor[] weights, Tensor plan, str isa, str format='float32') -> Tensor");
+    library.def(
+        "cpu_network(Tensor x, Tensor packed, Tensor plan, int classes, str isa, str format='float32') -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(mbv2, CPU, library) {

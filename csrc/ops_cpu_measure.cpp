@@ -12,8 +12,7 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/isa.h"
-#include "cpu/network.h"
+#include "ops_cpu_format.h"
 
 namespace mbv2 {
 namespace {
@@ -22,19 +21,21 @@ using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-// Floating-point operations per second of one thread's multiply-adds, the best of a few tries of some 0.2 ms.
-double fma_rate(const std::string& isa) {
-    const cpu::Kernels& kernels = cpu::kernels(isa.c_str());
-    alignas(64) float in[32], out[16];
-    for (int i = 0; i < 32; ++i) in[i] = 0.5f + 0.001f * static_cast<float>(i);
+// Operations per second of one thread's multiply-adds, the best of a few tries of some 0.2 ms.
+double fma_rate(const std::string& isa, const std::string& format) {
+    alignas(64) float in[64], out[16];
+    for (int i = 0; i < 64; ++i) in[i] = 0.5f + 0.001f * static_cast<float>(i);
     constexpr int64_t kSteps = 50000;
-    double best = 0;
-    for (int i = 0; i < 10; ++i) {
-        const auto start = Clock::now();
-        kernels.multiply_adds(kSteps, in, out);
-        best = std::max(best, 2.0 * kSteps * cpu::kPeakSums * kernels.lanes / seconds_since(start));
-    }
-    return best;
+    return cpu::with_format(format, [&](auto f) {
+        const auto& kernels = cpu::kernels<decltype(f)>(isa.c_str());
+        double best = 0;
+        for (int i = 0; i < 10; ++i) {
+            const auto start = Clock::now();
+            const int64_t done = kernels.multiply_adds(kSteps, in, out);
+            best = std::max(best, 2.0 * static_cast<double>(done) / seconds_since(start));
+        }
+        return best;
+    });
 }
 
 // Seconds that one of two threads waits for the other to answer through a cache line, one way: the best of batches
@@ -69,26 +70,29 @@ double handover() {
 
 // Seconds that one thread takes for each part of the network: blocks, head, classifier.
 at::Tensor network_times(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& plan_tensor,
-                         const std::string& isa) {
+                         const std::string& isa, const std::string& format) {
     TORCH_CHECK(x.is_contiguous() && x.scalar_type() == at::kFloat && x.dim() == 4 && x.size(1) == 3 && x.numel() > 0,
                 "the input must be contiguous float32 [N, 3, H, W]");
     const cpu::Plan plan(plan_tensor.const_data_ptr<int64_t>(), plan_tensor.numel());
-    const cpu::Kernels& kernels = cpu::kernels(isa.c_str());
-    TORCH_CHECK(packed.numel() == cpu::packed_size(plan, kernels), "the packed network does not belong to this plan");
     const cpu::Image image = {
         x.const_data_ptr<float>(), x.size(0), x.size(2), x.size(3), x.stride(0), x.stride(1), x.stride(2), 1};
     std::vector<float> logits(static_cast<size_t>(x.size(0) * plan.classes));
     cpu::Times times = {};
-    cpu::run(plan, kernels, packed.const_data_ptr<float>(), image, {1, nullptr}, logits.data(), &times);
+    cpu::with_format(format, [&](auto f) {
+        const auto& kernels = cpu::kernels<decltype(f)>(isa.c_str());
+        const std::byte* weights = cpu::packed_bytes(packed, plan, kernels);
+        cpu::run(plan, kernels, weights, image, {1, nullptr}, logits.data(), &times);
+    });
     at::Tensor seconds = at::zeros({plan.block_count + 2}, at::kDouble);
     std::copy_n(times.parts, plan.block_count + 2, seconds.mutable_data_ptr<double>());
     return seconds;
 }
 
 TORCH_LIBRARY_FRAGMENT(mbv2, library) {
-    library.def("cpu_fma_rate(str isa) -> float", fma_rate);
+    library.def("cpu_fma_rate(str isa, str format='float32') -> float", fma_rate);
     library.def("cpu_handover() -> float", handover);
-    library.def("cpu_network_times(Tensor x, Tensor packed, Tensor plan, str isa) -> Tensor", network_times);
+    library.def("cpu_network_times(Tensor x, Tensor packed, Tensor plan, str isa, str format='float32') -> Tensor",
+                network_times);
 }
 
 }  // namespace

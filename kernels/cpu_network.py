@@ -29,12 +29,15 @@ class BlockShape(NamedTuple):
 
 
 class PackedNetwork(NamedTuple):
-    """A network ready to run: weights in the layout of instruction set `isa`, and its shape for the operator."""
+    """A network ready to run: weights in number format `format` and in the layout of instruction set `isa`, and its
+    shape for the operator.
+    """
 
     packed: Tensor
     plan: Tensor
     classes: int
     isa: str
+    format: str = "float32"
 
 
 _error: ImportError | None = None
@@ -61,15 +64,15 @@ def refusal() -> str | None:
     )
 
 
-def isa() -> str:
-    """The instruction set that will be used.
+def isa(format: str = "float32") -> str:
+    """The instruction set that will be used for networks in this number format.
 
     Raises:
         BackendError: no compiled kernels, or `MBV2_CPU_ISA` names what this machine cannot run.
     """
     _require()
     try:
-        return torch.ops.mbv2.cpu_isa()
+        return torch.ops.mbv2.cpu_isa(format)
     except RuntimeError as error:
         raise BackendError(_first_line(error)) from None
 
@@ -102,7 +105,13 @@ def usable_isas() -> list[str]:
     return usable
 
 
-def pack(weights: Sequence[Tensor], blocks: Sequence[BlockShape], last_channels: int, classes: int) -> PackedNetwork:
+def pack(
+    weights: Sequence[Tensor],
+    blocks: Sequence[BlockShape],
+    last_channels: int,
+    classes: int,
+    format: str = "float32",
+) -> PackedNetwork:
     """Lay out a network's float32 weights, BatchNorm folded in, for this machine.
 
     Args:
@@ -111,16 +120,17 @@ def pack(weights: Sequence[Tensor], blocks: Sequence[BlockShape], last_channels:
         blocks: the blocks in order.
         last_channels: outputs of the head.
         classes: outputs of the classifier.
+        format: the number format to run it in: float32.
 
     Raises:
         BackendError: no compiled kernels, or `MBV2_CPU_ISA` names what this machine cannot run.
         RuntimeError, ValueError: the weights do not have the blocks' shapes.
     """
-    name = isa()
+    name = isa(format)
     numbers = [classes, last_channels, *(int(number) for block in blocks for number in block)]
     plan = torch.tensor(numbers, dtype=torch.int64)
-    packed = torch.ops.mbv2.cpu_pack_network([weight.detach() for weight in weights], plan, name)
-    return PackedNetwork(packed, plan, classes, name)
+    packed = torch.ops.mbv2.cpu_pack_network([weight.detach() for weight in weights], plan, name, format)
+    return PackedNetwork(packed, plan, classes, name, format)
 
 
 def run(x: Tensor, network: PackedNetwork) -> Tensor:
@@ -128,7 +138,7 @@ def run(x: Tensor, network: PackedNetwork) -> Tensor:
     return torch.ops.mbv2.cpu_network(x, *network)
 
 
-def _fake(x: Tensor, packed: Tensor, plan: Tensor, classes: int, isa: str) -> Tensor:
+def _fake(x: Tensor, packed: Tensor, plan: Tensor, classes: int, isa: str, format: str = "float32") -> Tensor:
     return x.new_empty((x.shape[0], classes))
 
 

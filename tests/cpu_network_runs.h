@@ -38,18 +38,19 @@ std::vector<float> values(int64_t count, int seed) {
 }
 
 struct Free {
-    void operator()(float* memory) const { std::free(memory); }
+    void operator()(std::byte* memory) const { std::free(memory); }
 };
 
-std::vector<float> logits(const Kernels& kernels, const std::vector<int64_t>& numbers, int64_t batch, int64_t height,
+template <class F>
+std::vector<float> logits(const Kernels<F>& kernels, const std::vector<int64_t>& numbers, int64_t batch, int64_t height,
                           int64_t width, bool channels_last, int threads) {
     const Plan plan(numbers.data(), static_cast<int64_t>(numbers.size()));
     std::vector<std::vector<float>> weights;
     std::vector<const float*> pointers;
-    for (int64_t size : weight_sizes(plan)) weights.push_back(values(size, static_cast<int>(weights.size())));
+    for (int64_t size : weight_sizes<F>(plan)) weights.push_back(values(size, static_cast<int>(weights.size())));
     for (const auto& weight : weights) pointers.push_back(weight.data());
-    const size_t bytes = static_cast<size_t>(packed_size(plan, kernels)) * sizeof(float);
-    const std::unique_ptr<float, Free> packed(static_cast<float*>(std::aligned_alloc(64, bytes)));
+    const size_t bytes = static_cast<size_t>(packed_size(plan, kernels));
+    const std::unique_ptr<std::byte, Free> packed(static_cast<std::byte*>(std::aligned_alloc(64, bytes)));
     pack(plan, kernels, pointers.data(), packed.get());
     const std::vector<float> picture = values(batch * 3 * height * width, 99);
     const Image image = {picture.data(),

@@ -10,7 +10,7 @@
 int main() {
     int runs = 0;
     for (const char* name : {"avx512", "avx2", "portable"}) {
-        const Kernels* kernels = nullptr;
+        const Kernels<Float32>* kernels = nullptr;
         try {
             kernels = &mbv2::cpu::kernels(name);
         } catch (const std::runtime_error&) {

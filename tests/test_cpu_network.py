@@ -25,7 +25,8 @@ ISAS = [] if cpu_network.refusal() else cpu_network.usable_isas()
 
 KERNELS = ROOT / "csrc" / "cpu"
 NETWORK = [
-    KERNELS / f"{name}.cpp" for name in ("isa", "kernels_avx2", "kernels_avx512", "kernels_portable", "network", "pack")
+    KERNELS / f"{name}.cpp"
+    for name in ("isa", "kernels_avx2", "kernels_avx512", "kernels_portable", "network_float32", "plan")
 ]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -328,7 +329,7 @@ def test_the_avx512_kernels_through_simde_are_the_portable_ones_on_any_machine(t
         pytest.skip("no SIMDe headers (Debian: apt-get install libsimde-dev)")
     native = ["-mavx2", "-mfma"] if "avx2" in ISAS else []
     program = tmp_path / "simde"
-    sources = [KERNELS / f"{name}.cpp" for name in ("kernels_portable", "network", "pack", "kernels_avx512")]
+    sources = [KERNELS / f"{name}.cpp" for name in ("kernels_portable", "network_float32", "plan", "kernels_avx512")]
     isa_flags = {"kernels_avx512": ["-DMBV2_SIMDE", *native]}
     build([*sources, ROOT / "tests" / "cpu_network_simde.cpp"], ["-O1"], isa_flags, program)
     assert run_built(program) == 42

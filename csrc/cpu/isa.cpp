@@ -8,9 +8,10 @@
 namespace mbv2::cpu {
 namespace {
 
+template <class F>
 struct Isa {
     const char* name;
-    const Kernels* (*kernels)();
+    const Kernels<F>* (*kernels)();
     bool (*supported)();
 };
 
@@ -21,37 +22,56 @@ bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_support
 bool has_avx512() { return false; }
 bool has_avx2() { return false; }
 #endif
+bool always() { return true; }
 
-constexpr Isa kIsas[] = {{"avx512", avx512_kernels, has_avx512},
-                         {"avx2", avx2_kernels, has_avx2},
-                         {"portable", portable_kernels, [] { return true; }}};
+// The instruction sets of a format, best first.
+template <class F>
+struct Isas;
 
-std::string usable() {
+template <>
+struct Isas<Float32> {
+    static constexpr Isa<Float32> entries[] = {{"avx512", avx512_kernels, has_avx512},
+                                               {"avx2", avx2_kernels, has_avx2},
+                                               {"portable", portable_kernels, always}};
+};
+
+template <class F>
+bool usable(const Isa<F>& isa) {
+    return isa.kernels() != nullptr && isa.supported();
+}
+
+template <class F>
+std::string usable_names() {
     std::string names;
-    for (const Isa& isa : kIsas) {
-        if (isa.kernels() != nullptr && isa.supported()) names += (names.empty() ? "" : ", ") + std::string(isa.name);
+    for (const Isa<F>& isa : Isas<F>::entries) {
+        if (usable(isa)) names += (names.empty() ? "" : ", ") + std::string(isa.name);
     }
     return names;
 }
 
 }  // namespace
 
-const Kernels& kernels(const char* name) {
+template <class F>
+const Kernels<F>& kernels(const char* name) {
     bool known = false;
-    for (const Isa& isa : kIsas) {
+    for (const Isa<F>& isa : Isas<F>::entries) {
         if (*name != '\0' && std::strcmp(name, isa.name) != 0) continue;
         known = true;
-        if (isa.kernels() != nullptr && isa.supported()) return *isa.kernels();
+        if (usable(isa)) return *isa.kernels();
     }
     throw std::runtime_error(
         "MBV2_CPU_ISA=" + std::string(name) +
         (known ? ": this machine or build has no such instructions" : ": no such instruction set") + "; here are " +
-        usable());
+        usable_names<F>());
 }
 
-const Kernels& kernels() {
+template <class F>
+const Kernels<F>& kernels() {
     const char* name = std::getenv("MBV2_CPU_ISA");
-    return kernels(name == nullptr ? "" : name);
+    return kernels<F>(name == nullptr ? "" : name);
 }
+
+template const Kernels<Float32>& kernels(const char*);
+template const Kernels<Float32>& kernels();
 
 }  // namespace mbv2::cpu

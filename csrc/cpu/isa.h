@@ -5,11 +5,13 @@
 
 namespace mbv2::cpu {
 
-// The kernels of the best instruction set of this machine, or of the one that MBV2_CPU_ISA names.
-// Throws std::runtime_error if that one is unknown or cannot run here.
-const Kernels& kernels();
+// The kernels for format F of the instruction set of this name; an empty name means the best of this machine.
+// Throws std::runtime_error if that one is unknown, cannot run here, or has no kernels for the format.
+template <class F = Float32>
+const Kernels<F>& kernels(const char* name);
 
-// The same by name; an empty name means the best.
-const Kernels& kernels(const char* name);
+// The same for the name in MBV2_CPU_ISA, or the best.
+template <class F = Float32>
+const Kernels<F>& kernels();
 
 }  // namespace mbv2::cpu

@@ -20,6 +20,7 @@ struct Avx2 {
 
     static Type zero() { return _mm256_setzero_ps(); }
     static Type load(const float* p) { return _mm256_load_ps(p); }
+    static Type load_weights(const float* p) { return load(p); }
     static void store(float* p, Type x) { _mm256_store_ps(p, x); }
     static Type broadcast(const float* p) { return _mm256_broadcast_ss(p); }
     static Type fma(Type a, Type b, Type c) { return _mm256_fmadd_ps(a, b, c); }
@@ -59,13 +60,13 @@ struct Avx2 {
     }
 };
 
-constexpr Kernels kKernels = kernels_of<Avx2>("avx2");
+constexpr Kernels<Float32> kKernels = kernels_of<Avx2, Float32>("avx2");
 
 }  // namespace
 
-const Kernels* avx2_kernels() { return &kKernels; }
+const Kernels<Float32>* avx2_kernels() { return &kKernels; }
 
 }  // namespace mbv2::cpu
 #else
-const mbv2::cpu::Kernels* mbv2::cpu::avx2_kernels() { return nullptr; }
+const mbv2::cpu::Kernels<mbv2::cpu::Float32>* mbv2::cpu::avx2_kernels() { return nullptr; }
 #endif

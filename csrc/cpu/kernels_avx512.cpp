@@ -25,6 +25,7 @@ struct Avx512 {
 
     static Type zero() { return _mm512_setzero_ps(); }
     static Type load(const float* p) { return _mm512_load_ps(p); }
+    static Type load_weights(const float* p) { return load(p); }
     static void store(float* p, Type x) { _mm512_store_ps(p, x); }
     static Type broadcast(const float* p) { return _mm512_set1_ps(*p); }
     static Type fma(Type a, Type b, Type c) { return _mm512_fmadd_ps(a, b, c); }
@@ -40,13 +41,13 @@ struct Avx512 {
     }
 };
 
-constexpr Kernels kKernels = kernels_of<Avx512>("avx512");
+constexpr Kernels<Float32> kKernels = kernels_of<Avx512, Float32>("avx512");
 
 }  // namespace
 
-const Kernels* avx512_kernels() { return &kKernels; }
+const Kernels<Float32>* avx512_kernels() { return &kKernels; }
 
 }  // namespace mbv2::cpu
 #else
-const mbv2::cpu::Kernels* mbv2::cpu::avx512_kernels() { return nullptr; }
+const mbv2::cpu::Kernels<mbv2::cpu::Float32>* mbv2::cpu::avx512_kernels() { return nullptr; }
 #endif

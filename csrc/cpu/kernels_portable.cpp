@@ -14,6 +14,7 @@ struct Portable {
 
     static Type zero() { return Type{}; }
     static Type load(const float* p) { return *reinterpret_cast<const Type*>(p); }
+    static Type load_weights(const float* p) { return load(p); }
     static void store(float* p, Type x) { *reinterpret_cast<Type*>(p) = x; }
     static Type broadcast(const float* p) { return Type{*p, *p, *p, *p}; }
     static Type fma(Type a, Type b, Type c) { return a * b + c; }
@@ -32,10 +33,10 @@ struct Portable {
     }
 };
 
-constexpr Kernels kKernels = kernels_of<Portable>("portable");
+constexpr Kernels<Float32> kKernels = kernels_of<Portable, Float32>("portable");
 
 }  // namespace
 
-const Kernels* portable_kernels() { return &kKernels; }
+const Kernels<Float32>* portable_kernels() { return &kKernels; }
 
 }  // namespace mbv2::cpu

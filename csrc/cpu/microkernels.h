@@ -1,63 +1,26 @@
-// The kernels, written once over a vector type V; each instruction set includes this into its own translation unit.
+// The kernels of the formats with float sums, written once over a vector type V; each instruction set includes this
+// into its own translation unit.
 //
 // Everything is in an unnamed namespace and nothing of the standard library is used: a shared inline function could
 // be linked from the unit with the most demanding instructions and then run on a machine that lacks them.
 //
-// V has: lanes; panel, the vectors of outputs in most panels; Type; load, store (aligned), broadcast, fma(a, b, c) = a
-// * b + c, add, scale, relu6 (NaN passes); and rows[n - 1]: how many rows of n accumulators fit the registers beside n
-// weights and one broadcast.
+// V has: lanes; panel, the vectors of outputs in most panels; Type; load, store (aligned, of what the format holds),
+// load_weights, add_products (one group of inputs times their weights), broadcast, fma(a, b, c) = a * b + c, add,
+// scale, relu6 (NaN passes); rows[n - 1]: how many rows of n accumulators fit the registers beside n weights and one
+// broadcast; unroll: how many groups of inputs a loop takes at once; and lines_ahead, the lines of weights fetched with
+// each plane.
 #pragma once
 
-#include "kernels.h"
-
-#define MBV2_UNROLL _Pragma("GCC unroll 64")
+#include "microkernels_pointwise.h"
 
 namespace mbv2::cpu {
 namespace {
-
-// Where a tile of a 1x1 convolution finds its inputs: `full` planes of as many values as a vector has lanes, and one
-// more plane of `tail` values.
-struct Planes {
-    const float* base;
-    int64_t full, stride, tail;
-};
 
 // Where a tile of the stem finds its inputs: 3 columns of 3 channels of up to 3 rows of the picture.
 struct Patch {
     const float* base;
     int64_t rows, row_stride, channel_stride;
 };
-
-template <class V, int Rows, int Vectors>
-struct Accumulators {
-    typename V::Type value[Rows][Vectors];
-};
-
-// One input value of each row times one row of weights. Row and KStep are constants so that all addresses are
-// one register and a displacement.
-template <class V, int Rows, int Vectors, int RowStep>
-inline __attribute__((always_inline)) void multiply(Accumulators<V, Rows, Vectors>& acc, const float* a,
-                                                    const float* b) {
-    typename V::Type weights[Vectors];
-    MBV2_UNROLL for (int v = 0; v < Vectors; ++v) weights[v] = V::load(b + v * V::lanes);
-    MBV2_UNROLL for (int m = 0; m < Rows; ++m) V::add_products(acc.value[m], a + m * RowStep, weights);
-}
-
-// Sums over the inputs of a 1x1 convolution. `ahead` is memory that will be read soon: one line of it is fetched with
-// each plane.
-template <class V, int Rows, int Vectors>
-inline __attribute__((always_inline)) void sum(Accumulators<V, Rows, Vectors>& acc, const Planes& in, const float* a,
-                                               const float* b, const float* ahead) {
-    constexpr int kWidth = Vectors * V::lanes;
-    for (int64_t i = in.full; i > 0; --i, a += in.stride, ahead += 16 * V::lines_ahead) {
-        MBV2_UNROLL for (int line = 0; line < V::lines_ahead; ++line) __builtin_prefetch(ahead + 16 * line, 0, 2);
-        for (int k = 0; k < V::lanes; k += V::unroll, b += V::unroll * kWidth) {
-            MBV2_UNROLL for (int u = 0; u < V::unroll; ++u)
-                multiply<V, Rows, Vectors, V::lanes>(acc, a + k + u, b + u * kWidth);
-        }
-    }
-    for (int64_t k = 0; k < in.tail; ++k, ++a, b += kWidth) multiply<V, Rows, Vectors, V::lanes>(acc, a, b);
-}
 
 // Sums over the inputs of the stem.
 template <class V, int Rows, int Vectors, int ColumnStride>
@@ -72,56 +35,9 @@ inline __attribute__((always_inline)) void sum_stem(Accumulators<V, Rows, Vector
                 // many sums there are none left.
                 const float* column = a + k * ColumnStride;
                 if constexpr (Rows * Vectors > 16) asm("" : "+r"(column));
-                multiply<V, Rows, Vectors, 2 * ColumnStride>(acc, column, b + k * kWidth);
+                multiply<V, Rows, Vectors, 2 * ColumnStride, 1>(acc, column, b + k * kWidth);
             }
         }
-    }
-}
-
-template <class V, int Rows, int Vectors>
-inline __attribute__((always_inline)) void start(Accumulators<V, Rows, Vectors>& acc, const float* bias) {
-    MBV2_UNROLL for (int v = 0; v < Vectors; ++v) {
-        const typename V::Type value = V::load(bias + v * V::lanes);
-        MBV2_UNROLL for (int m = 0; m < Rows; ++m) acc.value[m][v] = value;
-    }
-}
-
-template <class V, int Rows, int Vectors>
-inline __attribute__((always_inline)) void clamp(Accumulators<V, Rows, Vectors>& acc) {
-    MBV2_UNROLL for (int m = 0; m < Rows; ++m) {
-        MBV2_UNROLL for (int v = 0; v < Vectors; ++v) acc.value[m][v] = V::relu6(acc.value[m][v]);
-    }
-}
-
-template <class V, int Rows, int Vectors>
-inline __attribute__((always_inline)) void store(const Accumulators<V, Rows, Vectors>& acc, float* out,
-                                                 int64_t out_plane) {
-    MBV2_UNROLL for (int v = 0; v < Vectors; ++v) {
-        MBV2_UNROLL for (int m = 0; m < Rows; ++m) V::store(out + v * out_plane + m * V::lanes, acc.value[m][v]);
-    }
-}
-
-// `count` tiles of a 1x1 convolution, one below the other.
-template <class V, int Rows, int Vectors>
-void tiles(const Planes& in, int64_t count, const float* b, const float* bias, bool relu6, float* out,
-           int64_t out_plane, const float* residual, int64_t residual_plane, const float* ahead) {
-    const float* a = in.base;
-    for (; count > 0; --count, a += Rows * V::lanes, out += Rows * V::lanes) {
-        Accumulators<V, Rows, Vectors> acc;
-        start(acc, bias);
-        sum(acc, in, a, b, ahead);
-        ahead += 16 * V::lines_ahead * in.full;
-        if (relu6) clamp(acc);
-        if (residual != nullptr) {
-            MBV2_UNROLL for (int v = 0; v < Vectors; ++v) {
-                MBV2_UNROLL for (int m = 0; m < Rows; ++m) {
-                    const float* x = residual + v * residual_plane + m * V::lanes;
-                    acc.value[m][v] = V::add(acc.value[m][v], V::load(x));
-                }
-            }
-            residual += Rows * V::lanes;
-        }
-        store(acc, out, out_plane);
     }
 }
 
@@ -133,52 +49,6 @@ void stem_tile(const Patch& in, const float* b, const float* bias, float* out, i
     sum_stem<V, Rows, Vectors, ColumnStride>(acc, in, b);
     clamp(acc);
     store(acc, out, out_plane);
-}
-
-using TilesFunction = void (*)(const Planes&, int64_t, const float*, const float*, bool, float*, int64_t, const float*,
-                               int64_t, const float*);
-
-// Entry [rows - 1] for every number of rows that fits the registers.
-template <class V, int Vectors, int Rows, int... Less>
-struct PointwiseTiles : PointwiseTiles<V, Vectors, Rows - 1, Rows, Less...> {};
-template <class V, int Vectors, int... Less>
-struct PointwiseTiles<V, Vectors, 0, Less...> {
-    static constexpr TilesFunction entries[] = {tiles<V, Less, Vectors>...};
-};
-
-template <class V, int Vectors>
-void pointwise_panel(const Pointwise& conv, int64_t panel, const float* in, int64_t in_plane, int64_t rows, float* out,
-                     int64_t out_plane, const float* residual, int64_t residual_plane) {
-    constexpr int kMost = V::rows[Vectors - 1];
-    const float* weights = conv.weights + conv.panels.first(panel) * V::lanes * conv.inputs;
-    const float* bias = conv.bias + conv.panels.first(panel) * V::lanes;
-    const float* ahead = weights + Vectors * V::lanes * conv.inputs;
-    Planes planes = {in, conv.inputs / V::lanes, in_plane, conv.inputs % V::lanes};
-    // Tiles of nearly equal height: a last tile of one row would run at the latency of its additions.
-    const int64_t count = ceil_div(rows, kMost), height = rows / count, higher = rows % count;
-    for (int64_t m = height + 1; m >= height; --m) {
-        const int64_t here = m > height ? higher : count - higher;
-        if (here == 0) continue;
-        PointwiseTiles<V, Vectors, kMost>::entries[m - 1](planes, here, weights, bias, conv.relu6, out, out_plane,
-                                                          residual, residual_plane, ahead);
-        planes.base += here * m * V::lanes;
-        out += here * m * V::lanes;
-        if (residual != nullptr) residual += here * m * V::lanes;
-        ahead += here * 16 * V::lines_ahead * planes.full;
-    }
-}
-
-template <class V>
-void pointwise(const Pointwise& conv, int64_t panel, const float* in, int64_t in_plane, int64_t rows, float* out,
-               int64_t out_plane, const float* residual, int64_t residual_plane) {
-    switch (conv.panels.size(panel)) {
-        case 1:
-            return pointwise_panel<V, 1>(conv, panel, in, in_plane, rows, out, out_plane, residual, residual_plane);
-        case 2:
-            return pointwise_panel<V, 2>(conv, panel, in, in_plane, rows, out, out_plane, residual, residual_plane);
-        default:
-            return pointwise_panel<V, 3>(conv, panel, in, in_plane, rows, out, out_plane, residual, residual_plane);
-    }
 }
 
 // Pixels [first, last) whose three columns all lie inside the picture, straight from the picture's memory.
@@ -206,8 +76,9 @@ void stem_interior(const Patch& rows, const float* weights, const float* bias, i
 template <class V, int Vectors>
 void stem_panel(const Stem& stem, int64_t panel, int64_t row, float* out, int64_t out_plane) {
     const int64_t y = 2 * row - 1, top = y < 0 ? 1 : 0, bottom = y + 3 > stem.height ? stem.height - y : 3;
-    const float* weights = stem.weights + (stem.panels.first(panel) * 27 + top * 9 * Vectors) * V::lanes;
-    const float* bias = stem.bias + stem.panels.first(panel) * V::lanes;
+    const int64_t vector = stem.conv.panels.first(panel);
+    const float* weights = stem.conv.weights + (vector * 27 + top * 9 * Vectors) * V::lanes;
+    const float* bias = stem.conv.outputs + vector * V::lanes;
     const Patch rows = {stem.image + (y + top) * stem.row_stride, bottom - top, stem.row_stride, stem.channel_stride};
     const int64_t out_width = ceil_div(stem.width, 2), last = stem.width / 2;
     if (last > 1) {
@@ -233,7 +104,7 @@ void stem_panel(const Stem& stem, int64_t panel, int64_t row, float* out, int64_
 
 template <class V>
 void stem(const Stem& stem, int64_t panel, int64_t row, float* out, int64_t out_plane) {
-    switch (stem.panels.size(panel)) {
+    switch (stem.conv.panels.size(panel)) {
         case 1:
             return stem_panel<V, 1>(stem, panel, row, out, out_plane);
         case 2:
@@ -248,16 +119,18 @@ constexpr int kDepthwiseTile = 8;
 
 // A column of tiles of `Count` neighbouring outputs; Left and Right say that the first and last lack their outer
 // column. `x` is the first input column.
-template <class V, int Stride, int Count, bool Left, bool Right>
-void depthwise_tiles(const Depthwise& conv, const float* weights, const float* in, int64_t x, int64_t first,
-                     int64_t last, float* out) {
+template <class V, class Out, int Stride, int Count, bool Left, bool Right>
+void depthwise_tiles(const Depthwise<float>& conv, int64_t vector, const float* in, int64_t x, int64_t first,
+                     int64_t last, Out* out) {
+    const float* weights = conv.weights.taps + vector * 9 * V::lanes;
+    const float* of_outputs = conv.weights.outputs + vector * V::lanes;
     const int64_t row_size = conv.width * V::lanes;
     in += x * V::lanes;
     // The place of the row above; counted on, as the remainder of a division is slow.
     int64_t place = (first * Stride + conv.ring - 1) % conv.ring;
     for (int64_t y = first; y < last; ++y, out += conv.out_width * V::lanes) {
         typename V::Type acc[Count];
-        const typename V::Type bias = V::load(weights + 9 * V::lanes);
+        const typename V::Type bias = V::load(of_outputs);
         MBV2_UNROLL for (int i = 0; i < Count; ++i) acc[i] = bias;
         MBV2_UNROLL for (int r = 0; r < 3; ++r) {
             const int64_t row = y * Stride + r - 1, here = place + r < conv.ring ? place + r : place + r - conv.ring;
@@ -280,45 +153,46 @@ void depthwise_tiles(const Depthwise& conv, const float* weights, const float* i
     }
 }
 
-using DepthwiseFunction = void (*)(const Depthwise&, const float*, const float*, int64_t, int64_t, int64_t, float*);
+template <class Out>
+using DepthwiseFunction = void (*)(const Depthwise<float>&, int64_t, const float*, int64_t, int64_t, int64_t, Out*);
 
 // Entry [count - 1][left][right].
-template <class V, int Stride>
+template <class V, class Out, int Stride>
 struct DepthwiseTiles {
     template <int Count>
     struct At {
-        static constexpr DepthwiseFunction entries[2][2] = {
-            {depthwise_tiles<V, Stride, Count, false, false>, depthwise_tiles<V, Stride, Count, false, true>},
-            {depthwise_tiles<V, Stride, Count, true, false>, depthwise_tiles<V, Stride, Count, true, true>}};
+        static constexpr DepthwiseFunction<Out> entries[2][2] = {
+            {depthwise_tiles<V, Out, Stride, Count, false, false>, depthwise_tiles<V, Out, Stride, Count, false, true>},
+            {depthwise_tiles<V, Out, Stride, Count, true, false>, depthwise_tiles<V, Out, Stride, Count, true, true>}};
     };
-    using Entries = const DepthwiseFunction (*)[2];
+    using Entries = const DepthwiseFunction<Out> (*)[2];
     static constexpr Entries entries[kDepthwiseTile] = {At<1>::entries, At<2>::entries, At<3>::entries, At<4>::entries,
                                                         At<5>::entries, At<6>::entries, At<7>::entries, At<8>::entries};
 };
 
-template <class V, int Stride>
-void depthwise_plane(const Depthwise& conv, const float* weights, const float* in, int64_t first, int64_t last,
-                     float* out) {
+template <class V, class Out, int Stride>
+void depthwise_plane(const Depthwise<float>& conv, int64_t vector, const float* in, int64_t first, int64_t last,
+                     Out* out) {
     const bool ragged = (conv.out_width - 1) * Stride + 1 == conv.width;
     const int64_t count = ceil_div(conv.out_width, kDepthwiseTile);
     const int64_t width = conv.out_width / count, wider = conv.out_width % count;
     int64_t x = 0;
     for (int64_t i = 0; i < count; ++i) {
         const int64_t n = width + (i < wider);
-        const auto function = DepthwiseTiles<V, Stride>::entries[n - 1][i == 0][i + 1 == count && ragged];
-        function(conv, weights, in, x * Stride, first, last, out + x * V::lanes);
+        const auto function = DepthwiseTiles<V, Out, Stride>::entries[n - 1][i == 0][i + 1 == count && ragged];
+        function(conv, vector, in, x * Stride, first, last, out + x * V::lanes);
         x += n;
     }
 }
 
-template <class V>
-void depthwise(const Depthwise& conv, int64_t vector, const float* in, int64_t first, int64_t last, float* out) {
-    const auto plane = conv.stride == 1 ? depthwise_plane<V, 1> : depthwise_plane<V, 2>;
-    plane(conv, conv.weights + vector * 10 * V::lanes, in, first, last, out);
+template <class V, class Out>
+void depthwise(const Depthwise<float>& conv, int64_t vector, const float* in, int64_t first, int64_t last, Out* out) {
+    const auto plane = conv.stride == 1 ? depthwise_plane<V, Out, 1> : depthwise_plane<V, Out, 2>;
+    plane(conv, vector, in, first, last, out);
 }
 
-template <class V>
-void mean(const float* in, int64_t pixels, float* out) {
+template <class V, class Out>
+void mean(const float* in, int64_t pixels, Out* out) {
     typename V::Type sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
     int64_t i = 0;
     for (; i + 4 <= pixels; i += 4) {
@@ -329,9 +203,13 @@ void mean(const float* in, int64_t pixels, float* out) {
     V::store(out, V::scale(sum, 1.0f / static_cast<float>(pixels)));
 }
 
-template <class V>
-void multiply_adds(int64_t steps, const float* in, float* out) {
-    const typename V::Type a = V::load(in), b = V::load(in + V::lanes);
+// As many sums as hide the latency of an addition.
+constexpr int kPeakSums = 12;
+
+template <class V, class F>
+int64_t multiply_adds(int64_t steps, const float* in, float* out) {
+    const auto a = V::load_weights(reinterpret_cast<const typename F::Weight*>(in));
+    const auto b = V::load_weights(reinterpret_cast<const typename F::Weight*>(in + V::lanes));
     typename V::Type sums[kPeakSums];
     MBV2_UNROLL for (int i = 0; i < kPeakSums; ++i) sums[i] = V::broadcast(in + i % V::lanes);
     for (int64_t s = 0; s < steps; ++s) {
@@ -339,11 +217,23 @@ void multiply_adds(int64_t steps, const float* in, float* out) {
     }
     MBV2_UNROLL for (int i = 1; i < kPeakSums; ++i) sums[0] = V::add(sums[0], sums[i]);
     V::store(out, sums[0]);
+    return steps * kPeakSums * V::lanes * F::group;
 }
 
-template <class V>
-constexpr Kernels kernels_of(const char* name) {
-    return {name, V::lanes, V::panel, pointwise<V>, stem<V>, depthwise<V>, mean<V>, multiply_adds<V>};
+template <class V, class F>
+constexpr Kernels<F> kernels_of(const char* name) {
+    using Activation = typename F::Activation;
+    return {name,
+            V::lanes,
+            V::panel,
+            expand<V, F>,
+            project<V, F, Activation>,
+            project<V, F, typename F::Hidden>,
+            classify<V, F>,
+            stem<V>,
+            depthwise<V, Activation>,
+            mean<V, Activation>,
+            multiply_adds<V, F>};
 }
 
 }  // namespace

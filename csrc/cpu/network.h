@@ -1,6 +1,8 @@
-// The whole network in float32: its shape, the packing of its weights, and its run.
+// The whole network: its shape, the packing of its weights, and its run, in any of the formats of formats.h. The
+// templates are made in network_<format>.cpp.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -44,20 +46,24 @@ struct Times {
     double parts[Plan::kMostBlocks + 2];
 };
 
-// How many floats the packed network has.
-int64_t packed_size(const Plan& plan, const Kernels& kernels);
+// How many bytes the packed network has.
+template <class F>
+int64_t packed_size(const Plan& plan, const Kernels<F>& kernels);
 
 // How many values each of the plain weights has, in order: stem weight [out, 3, 3, 3] and bias; of each block expand
 // weight [hidden, in] and bias (not for the first), depthwise weight [hidden, 3, 3] and bias, project weight and
-// bias; head weight and bias; classifier weight and bias.
+// bias; head weight and bias; classifier weight and bias. A bias is [output_vectors, out].
+template <class F>
 std::vector<int64_t> weight_sizes(const Plan& plan);
 
 // Packs them into `packed`, which is aligned to 64 bytes.
-void pack(const Plan& plan, const Kernels& kernels, const float* const* weights, float* packed);
+template <class F>
+void pack(const Plan& plan, const Kernels<F>& kernels, const float* const* weights, std::byte* packed);
 
 // Logits [batch, classes] of the pictures. Every output is the result of the same additions in the same order on
 // any number of threads. `times` may be given with one thread.
-void run(const Plan& plan, const Kernels& kernels, const float* packed, const Image& image, const Threads& threads,
-         float* logits, Times* times = nullptr);
+template <class F>
+void run(const Plan& plan, const Kernels<F>& kernels, const std::byte* packed, const Image& image,
+         const Threads& threads, float* logits, Times* times = nullptr);
 
 }  // namespace mbv2::cpu
