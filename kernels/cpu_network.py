@@ -16,6 +16,7 @@ from torch import Tensor
 from mbv2.kernels.dispatch import BackendError
 
 ISAS = ("avx512", "avx2", "portable")
+FORMATS = ("float32", "int8")
 
 
 class BlockShape(NamedTuple):
@@ -85,8 +86,8 @@ def state() -> str:
         return f"not usable: {error}"
 
 
-def usable_isas() -> list[str]:
-    """The instruction sets that this build and machine can run, best first."""
+def usable_isas(format: str = "float32") -> list[str]:
+    """The instruction sets that this build and machine can run for networks in this number format, best first."""
     _require()
     asked = os.environ.get("MBV2_CPU_ISA")
     usable = []
@@ -94,7 +95,7 @@ def usable_isas() -> list[str]:
         for name in ISAS:
             os.environ["MBV2_CPU_ISA"] = name
             try:
-                usable.append(torch.ops.mbv2.cpu_isa())
+                usable.append(torch.ops.mbv2.cpu_isa(format))
             except RuntimeError:
                 continue
     finally:
@@ -120,7 +121,7 @@ def pack(
         blocks: the blocks in order.
         last_channels: outputs of the head.
         classes: outputs of the classifier.
-        format: the number format to run it in: float32.
+        format: the number format to run it in, one of `FORMATS`. For int8 the weights are what `mbv2.quantize` returns.
 
     Raises:
         BackendError: no compiled kernels, or `MBV2_CPU_ISA` names what this machine cannot run.

@@ -1,6 +1,7 @@
 """A trained network packed for inference on a CPU: BatchNorm folded, one compiled call from picture to logits."""
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from mbv2.errors import UserError
 from mbv2.kernels import BackendError, cpu_network
 from mbv2.model import MobileNetV2
 
+FORMATS = {torch.float32: "float32", torch.int8: "int8"}
+
 
 class OptimizedMobileNetV2(nn.Module):
-    """What `optimize_for_inference` returns: float32 pictures on the CPU to logits, without gradients.
+    """What `optimize_for_inference` returns: float32 pictures on the CPU to float32 logits, without gradients.
 
     It holds a copy of the weights; later changes of the model it was made from do not reach it. It can be pickled
     and copied, and packs itself anew for the machine it is loaded on.
@@ -21,10 +24,16 @@ class OptimizedMobileNetV2(nn.Module):
         num_classes: all logits, an extra class included.
         num_real_classes: the logits without the extra class.
         class_offset: index of the first real class.
+        dtype: what it computes in: torch.float32, or torch.int8.
         isa: the instruction set it is packed for: avx512, avx2 or portable.
     """
 
-    def __init__(self, model: MobileNetV2) -> None:
+    def __init__(
+        self,
+        model: MobileNetV2,
+        dtype: torch.dtype = torch.float32,
+        calibration: Tensor | Iterable[Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.num_classes = model.num_classes
         self.num_real_classes = model.num_real_classes
@@ -33,6 +42,10 @@ class OptimizedMobileNetV2(nn.Module):
         self._turns_picture = model.turns_picture
         self._last_channels = model.last_channel
         self._folded = fold(model)
+        self.dtype = dtype
+        self._format = FORMATS[dtype]
+        if dtype == torch.int8:
+            self._folded = self._quantized(calibration)
         self._pack()
         self.eval()
 
@@ -48,7 +61,7 @@ class OptimizedMobileNetV2(nn.Module):
             )
         if self._turns_picture:
             x = x.flip(2, 3)
-        return torch.ops.mbv2.cpu_network(x, self._packed, self._plan, self.num_classes, self.isa)
+        return torch.ops.mbv2.cpu_network(x, self._packed, self._plan, self.num_classes, self.isa, self._format)
 
     def real_logits(self, logits: Tensor) -> Tensor:
         """[N, num_classes] -> [N, num_real_classes], as `MobileNetV2.real_logits`."""
@@ -72,41 +85,65 @@ class OptimizedMobileNetV2(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name not in ("_packed", "_plan", "isa")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        # Those that were stored before there was another format say nothing of it.
+        self.__dict__.update({"dtype": torch.float32, "_format": "float32", **state})
         self._pack()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "OptimizedMobileNetV2":
         changed = fn(self._folded[0])
         if changed.dtype != torch.float32 or changed.device.type != "cpu":
-            raise RuntimeError("an optimized network stays in float32 on the CPU: move the model it was made from")
+            raise RuntimeError(
+                f"an optimized network stays in {self._format} on the CPU: move the model it was made from"
+            )
         return self
 
+    def _quantized(self, calibration: Tensor | Iterable[Tensor]) -> list[Tensor]:
+        from mbv2 import quantize
+
+        batches = quantize.pictures_of(calibration)
+        if self._turns_picture:
+            batches = (batch.flip(2, 3) for batch in batches)
+        return quantize.quantize(self._folded, self._blocks, quantize.calibrate(self._folded, self._blocks, batches))
+
     def _pack(self) -> None:
-        network = cpu_network.pack(self._folded, self._blocks, self._last_channels, self.num_classes)
+        network = cpu_network.pack(self._folded, self._blocks, self._last_channels, self.num_classes, self._format)
         self._packed, self._plan, self.isa = network.packed, network.plan, network.isa
 
 
-def optimize_for_inference(model: MobileNetV2) -> nn.Module:
+def optimize_for_inference(
+    model: MobileNetV2, dtype: torch.dtype | None = None, calibration: Tensor | Iterable[Tensor] | None = None
+) -> nn.Module:
     """Fold BatchNorm, pack the weights for the device, and return a module that runs the network fast there.
 
     Args:
         model: an `mbv2.MobileNetV2` in evaluation mode: float32 on the CPU, or float16, bfloat16 or float32 on a GPU.
+        dtype: what a network on the CPU computes in: float32, which is the default, or int8; pictures and logits are
+            float32 either way. A network on a GPU computes in the model's type.
+        calibration: with int8, some hundred pictures of the kind to be recognised, normalised as they will be: a tensor
+            [N, 3, H, W] or batches of that shape. The ranges of 8-bit numbers are measured on the first 200.
 
     Returns:
         An `OptimizedMobileNetV2`, or for a GPU an `mbv2.optimized_cuda.OptimizedCudaMobileNetV2`.
 
     Raises:
         TypeError: another kind of model.
-        ValueError: the model is in training mode, not float32 or not on the CPU.
+        ValueError: the model is in training mode, not float32 or not on the CPU, there is no network in `dtype`, or
+            int8 is without calibration, calibration without int8 or without pictures.
         mbv2.kernels.BackendError: this installation has no compiled kernels, or `MBV2_CPU_ISA` cannot be run here.
     """
     if not isinstance(model, MobileNetV2):
         raise TypeError(f"optimize_for_inference takes an mbv2.MobileNetV2, not {type(model).__name__}")
     if any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode; call model.eval() first")
-    if model.classifier[-1].weight.device.type == "cuda":
+    weight = model.classifier[-1].weight
+    if weight.device.type == "cuda":
         from mbv2 import optimized_cuda
 
+        if calibration is not None or dtype not in (None, weight.dtype):
+            raise ValueError(
+                f"on a GPU the optimized network is in the model's type, {weight.dtype}; int8 networks run on the CPU: "
+                "call model.float().cpu()"
+            )
         optimized_cuda.check(model)
         return optimized_cuda.OptimizedCudaMobileNetV2(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -115,7 +152,15 @@ def optimize_for_inference(model: MobileNetV2) -> nn.Module:
                 f"the optimized network is float32 on the CPU, but {name} is {tensor.dtype} on {tensor.device}; "
                 "call model.float().cpu() first"
             )
-    return OptimizedMobileNetV2(model)
+    if dtype is not None and dtype not in FORMATS:
+        raise ValueError(f"there is no optimized network in {dtype} on the CPU, but in {', '.join(map(str, FORMATS))}")
+    if dtype == torch.int8 and calibration is None:
+        raise ValueError(
+            "an int8 network takes its ranges from pictures: give calibration some hundred normalised ones"
+        )
+    if dtype != torch.int8 and calibration is not None:
+        raise ValueError("only an int8 network is calibrated: give dtype=torch.int8 with calibration")
+    return OptimizedMobileNetV2(model, dtype or torch.float32, calibration)
 
 
 def fastest(

@@ -7,6 +7,8 @@
 // into an output.
 #pragma once
 
+#include <cstdint>
+
 namespace mbv2::cpu {
 
 struct Float32 {
@@ -20,6 +22,21 @@ struct Float32 {
 
     static Weight weight(float value) { return value; }
     static Tap tap(float value) { return value; }
+};
+
+// 8-bit activations and weights of 1x1 convolutions, 16-bit fixed point between them: see microkernels_int8.h. The
+// numbers arrive as floats that mbv2/quantize.py has rounded.
+struct Int8 {
+    using Activation = uint8_t;
+    using Hidden = int16_t;
+    using Weight = int8_t;
+    using Tap = int16_t;
+    static constexpr const char* name = "int8";
+    static constexpr int group = 4;
+    static constexpr int output_vectors = 4;
+
+    static Weight weight(float value) { return static_cast<Weight>(value); }
+    static Tap tap(float value) { return static_cast<Tap>(value); }
 };
 
 }  // namespace mbv2::cpu

@@ -17,9 +17,14 @@ struct Isa {
 
 #if defined(__x86_64__) || defined(__i386__)
 bool has_avx512() { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq"); }
+bool has_avx512_vnni() {
+    return has_avx512() && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
+}
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #else
 bool has_avx512() { return false; }
+bool has_avx512_vnni() { return false; }
 bool has_avx2() { return false; }
 #endif
 bool always() { return true; }
@@ -33,6 +38,13 @@ struct Isas<Float32> {
     static constexpr Isa<Float32> entries[] = {{"avx512", avx512_kernels, has_avx512},
                                                {"avx2", avx2_kernels, has_avx2},
                                                {"portable", portable_kernels, always}};
+};
+
+template <>
+struct Isas<Int8> {
+    static constexpr Isa<Int8> entries[] = {{"avx512", int8_avx512_kernels, has_avx512_vnni},
+                                            {"avx2", int8_avx2_kernels, has_avx2},
+                                            {"portable", int8_portable_kernels, always}};
 };
 
 template <class F>
@@ -73,5 +85,7 @@ const Kernels<F>& kernels() {
 
 template const Kernels<Float32>& kernels(const char*);
 template const Kernels<Float32>& kernels();
+template const Kernels<Int8>& kernels(const char*);
+template const Kernels<Int8>& kernels();
 
 }  // namespace mbv2::cpu

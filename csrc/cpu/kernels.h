@@ -94,8 +94,8 @@ struct Kernels {
     void (*depthwise)(const Depthwise<typename F::Tap>&, int64_t vector, const Hidden* in, int64_t first, int64_t last,
                       Activation* out);
 
-    // Mean over `pixels` of one plane.
-    void (*mean)(const Hidden* in, int64_t pixels, Activation* out);
+    // Mean over `pixels` of one plane of the head's outputs.
+    void (*mean)(const Conv& head, int64_t vector, const Hidden* in, int64_t pixels, Activation* out);
 
     // Nothing but the instructions that 1x1 convolutions are made of, for benchmarks: `steps` rounds, on `in` of 256
     // bytes; writes 64 to `out`. Returns how many multiply-adds they were.
@@ -106,5 +106,8 @@ struct Kernels {
 const Kernels<Float32>* avx512_kernels();
 const Kernels<Float32>* avx2_kernels();
 const Kernels<Float32>* portable_kernels();
+const Kernels<Int8>* int8_avx512_kernels();
+const Kernels<Int8>* int8_avx2_kernels();
+const Kernels<Int8>* int8_portable_kernels();
 
 }  // namespace mbv2::cpu

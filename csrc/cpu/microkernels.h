@@ -42,48 +42,49 @@ inline __attribute__((always_inline)) void sum_stem(Accumulators<V, Rows, Vector
 }
 
 // One tile of the stem.
-template <class V, int Rows, int Vectors, int ColumnStride>
-void stem_tile(const Patch& in, const float* b, const float* bias, float* out, int64_t out_plane) {
+template <class V, class F, int Rows, int Vectors, int ColumnStride>
+void stem_tile(const Patch& in, const float* b, const float* outputs, typename F::Hidden* out, int64_t out_plane) {
     Accumulators<V, Rows, Vectors> acc;
-    start(acc, bias);
+    start<F::output_vectors>(acc, outputs);
     sum_stem<V, Rows, Vectors, ColumnStride>(acc, in, b);
     clamp(acc);
     store(acc, out, out_plane);
 }
 
 // Pixels [first, last) whose three columns all lie inside the picture, straight from the picture's memory.
-template <class V, int Vectors, int ColumnStride>
-void stem_interior(const Patch& rows, const float* weights, const float* bias, int64_t first, int64_t last, float* out,
-                   int64_t out_plane) {
+template <class V, class F, int Vectors, int ColumnStride>
+void stem_interior(const Patch& rows, const float* weights, const float* outputs, int64_t first, int64_t last,
+                   typename F::Hidden* out, int64_t out_plane) {
     constexpr int kMost = V::rows[Vectors - 1];
-    using Function = void (*)(const Patch&, const float*, const float*, float*, int64_t);
+    using Function = void (*)(const Patch&, const float*, const float*, typename F::Hidden*, int64_t);
     const auto run = [&](Function function, int64_t x) {
         Patch here = rows;
         here.base += (2 * x - 1) * ColumnStride;
-        function(here, weights, bias, out + x * V::lanes, out_plane);
+        function(here, weights, outputs, out + x * V::lanes, out_plane);
     };
     int64_t x = first;
     if (last - first >= kMost) {
-        for (; x + kMost <= last; x += kMost) run(stem_tile<V, kMost, Vectors, ColumnStride>, x);
+        for (; x + kMost <= last; x += kMost) run(stem_tile<V, F, kMost, Vectors, ColumnStride>, x);
         // The last tile overlaps the one before it and writes the same values again.
-        if (x < last) run(stem_tile<V, kMost, Vectors, ColumnStride>, last - kMost);
+        if (x < last) run(stem_tile<V, F, kMost, Vectors, ColumnStride>, last - kMost);
         return;
     }
-    for (; x + 3 <= last; x += 3) run(stem_tile<V, 3, Vectors, ColumnStride>, x);
-    for (; x < last; ++x) run(stem_tile<V, 1, Vectors, ColumnStride>, x);
+    for (; x + 3 <= last; x += 3) run(stem_tile<V, F, 3, Vectors, ColumnStride>, x);
+    for (; x < last; ++x) run(stem_tile<V, F, 1, Vectors, ColumnStride>, x);
 }
 
-template <class V, int Vectors>
-void stem_panel(const Stem& stem, int64_t panel, int64_t row, float* out, int64_t out_plane) {
+template <class V, class F, int Vectors>
+void stem_panel(const Stem& stem, int64_t panel, int64_t row, typename F::Hidden* out, int64_t out_plane) {
     const int64_t y = 2 * row - 1, top = y < 0 ? 1 : 0, bottom = y + 3 > stem.height ? stem.height - y : 3;
     const int64_t vector = stem.conv.panels.first(panel);
     const float* weights = stem.conv.weights + (vector * 27 + top * 9 * Vectors) * V::lanes;
-    const float* bias = stem.conv.outputs + vector * V::lanes;
+    const float* outputs = stem.conv.outputs + vector * F::output_vectors * V::lanes;
     const Patch rows = {stem.image + (y + top) * stem.row_stride, bottom - top, stem.row_stride, stem.channel_stride};
     const int64_t out_width = ceil_div(stem.width, 2), last = stem.width / 2;
     if (last > 1) {
-        const auto interior = stem.column_stride == 1 ? stem_interior<V, Vectors, 1> : stem_interior<V, Vectors, 3>;
-        interior(rows, weights, bias, 1, last, out, out_plane);
+        const auto interior =
+            stem.column_stride == 1 ? stem_interior<V, F, Vectors, 1> : stem_interior<V, F, Vectors, 3>;
+        interior(rows, weights, outputs, 1, last, out, out_plane);
     }
     // The first pixel, and with an odd width the last, from a copy with zeros beside the picture.
     for (int64_t x = 0; x < out_width; x += (last > 1 && x == 0) ? last : 1) {
@@ -98,20 +99,20 @@ void stem_panel(const Stem& stem, int64_t panel, int64_t row, float* out, int64_
                 }
             }
         }
-        stem_tile<V, 1, Vectors, 1>({copy, rows.rows, 9, 3}, weights, bias, out + x * V::lanes, out_plane);
+        stem_tile<V, F, 1, Vectors, 1>({copy, rows.rows, 9, 3}, weights, outputs, out + x * V::lanes, out_plane);
     }
 }
 
-template <class V>
-void stem(const Stem& stem, int64_t panel, int64_t row, float* out, int64_t out_plane) {
-    switch (stem.conv.panels.size(panel)) {
-        case 1:
-            return stem_panel<V, 1>(stem, panel, row, out, out_plane);
-        case 2:
-            return stem_panel<V, 2>(stem, panel, row, out, out_plane);
-        default:
-            return stem_panel<V, 3>(stem, panel, row, out, out_plane);
+template <class V, class F>
+void stem(const Stem& stem, int64_t panel, int64_t row, typename F::Hidden* out, int64_t out_plane) {
+    const int64_t vectors = stem.conv.panels.size(panel);
+    if constexpr (V::panel > 2) {
+        if (vectors > 2) return stem_panel<V, F, 3>(stem, panel, row, out, out_plane);
     }
+    if constexpr (V::panel > 1) {
+        if (vectors > 1) return stem_panel<V, F, 2>(stem, panel, row, out, out_plane);
+    }
+    stem_panel<V, F, 1>(stem, panel, row, out, out_plane);
 }
 
 // Most outputs in a row of one depthwise tile: rows of 7, 14, 28, 56 and 112 pixels divide evenly.
@@ -119,11 +120,11 @@ constexpr int kDepthwiseTile = 8;
 
 // A column of tiles of `Count` neighbouring outputs; Left and Right say that the first and last lack their outer
 // column. `x` is the first input column.
-template <class V, class Out, int Stride, int Count, bool Left, bool Right>
-void depthwise_tiles(const Depthwise<float>& conv, int64_t vector, const float* in, int64_t x, int64_t first,
-                     int64_t last, Out* out) {
-    const float* weights = conv.weights.taps + vector * 9 * V::lanes;
-    const float* of_outputs = conv.weights.outputs + vector * V::lanes;
+template <class V, class F, int Stride, int Count, bool Left, bool Right>
+void depthwise_tiles(const Depthwise<typename F::Tap>& conv, int64_t vector, const typename F::Hidden* in, int64_t x,
+                     int64_t first, int64_t last, typename F::Activation* out) {
+    const typename F::Tap* weights = conv.weights.taps + vector * 9 * V::lanes;
+    const float* of_outputs = conv.weights.outputs + vector * F::output_vectors * V::lanes;
     const int64_t row_size = conv.width * V::lanes;
     in += x * V::lanes;
     // The place of the row above; counted on, as the remainder of a division is slow.
@@ -135,8 +136,8 @@ void depthwise_tiles(const Depthwise<float>& conv, int64_t vector, const float* 
         MBV2_UNROLL for (int r = 0; r < 3; ++r) {
             const int64_t row = y * Stride + r - 1, here = place + r < conv.ring ? place + r : place + r - conv.ring;
             if (row < 0 || row >= conv.height) continue;
-            const float* at = in + here * row_size;
-            const float* w = weights + 3 * r * V::lanes;
+            const typename F::Hidden* at = in + here * row_size;
+            const typename F::Tap* w = weights + 3 * r * V::lanes;
             const typename V::Type taps[3] = {V::load(w), V::load(w + V::lanes), V::load(w + 2 * V::lanes)};
             constexpr int kColumns = (Count - 1) * Stride + 3;
             MBV2_UNROLL for (int j = Left ? 1 : 0; j < (Right ? kColumns - 1 : kColumns); ++j) {
@@ -147,52 +148,58 @@ void depthwise_tiles(const Depthwise<float>& conv, int64_t vector, const float* 
                 }
             }
         }
-        MBV2_UNROLL for (int i = 0; i < Count; ++i) V::store(out + i * V::lanes, V::relu6(acc[i]));
+        if constexpr (F::output_vectors == 1) {
+            MBV2_UNROLL for (int i = 0; i < Count; ++i) V::store(out + i * V::lanes, V::relu6(acc[i]));
+        } else {
+            V::store_depthwise(out, acc, of_outputs);
+        }
         place += Stride;
         if (place >= conv.ring) place -= conv.ring;
     }
 }
 
-template <class Out>
-using DepthwiseFunction = void (*)(const Depthwise<float>&, int64_t, const float*, int64_t, int64_t, int64_t, Out*);
+template <class F>
+using DepthwiseFunction = void (*)(const Depthwise<typename F::Tap>&, int64_t, const typename F::Hidden*, int64_t,
+                                   int64_t, int64_t, typename F::Activation*);
 
 // Entry [count - 1][left][right].
-template <class V, class Out, int Stride>
+template <class V, class F, int Stride>
 struct DepthwiseTiles {
     template <int Count>
     struct At {
-        static constexpr DepthwiseFunction<Out> entries[2][2] = {
-            {depthwise_tiles<V, Out, Stride, Count, false, false>, depthwise_tiles<V, Out, Stride, Count, false, true>},
-            {depthwise_tiles<V, Out, Stride, Count, true, false>, depthwise_tiles<V, Out, Stride, Count, true, true>}};
+        static constexpr DepthwiseFunction<F> entries[2][2] = {
+            {depthwise_tiles<V, F, Stride, Count, false, false>, depthwise_tiles<V, F, Stride, Count, false, true>},
+            {depthwise_tiles<V, F, Stride, Count, true, false>, depthwise_tiles<V, F, Stride, Count, true, true>}};
     };
-    using Entries = const DepthwiseFunction<Out> (*)[2];
+    using Entries = const DepthwiseFunction<F> (*)[2];
     static constexpr Entries entries[kDepthwiseTile] = {At<1>::entries, At<2>::entries, At<3>::entries, At<4>::entries,
                                                         At<5>::entries, At<6>::entries, At<7>::entries, At<8>::entries};
 };
 
-template <class V, class Out, int Stride>
-void depthwise_plane(const Depthwise<float>& conv, int64_t vector, const float* in, int64_t first, int64_t last,
-                     Out* out) {
+template <class V, class F, int Stride>
+void depthwise_plane(const Depthwise<typename F::Tap>& conv, int64_t vector, const typename F::Hidden* in,
+                     int64_t first, int64_t last, typename F::Activation* out) {
     const bool ragged = (conv.out_width - 1) * Stride + 1 == conv.width;
     const int64_t count = ceil_div(conv.out_width, kDepthwiseTile);
     const int64_t width = conv.out_width / count, wider = conv.out_width % count;
     int64_t x = 0;
     for (int64_t i = 0; i < count; ++i) {
         const int64_t n = width + (i < wider);
-        const auto function = DepthwiseTiles<V, Out, Stride>::entries[n - 1][i == 0][i + 1 == count && ragged];
+        const auto function = DepthwiseTiles<V, F, Stride>::entries[n - 1][i == 0][i + 1 == count && ragged];
         function(conv, vector, in, x * Stride, first, last, out + x * V::lanes);
         x += n;
     }
 }
 
-template <class V, class Out>
-void depthwise(const Depthwise<float>& conv, int64_t vector, const float* in, int64_t first, int64_t last, Out* out) {
-    const auto plane = conv.stride == 1 ? depthwise_plane<V, Out, 1> : depthwise_plane<V, Out, 2>;
+template <class V, class F>
+void depthwise(const Depthwise<typename F::Tap>& conv, int64_t vector, const typename F::Hidden* in, int64_t first,
+               int64_t last, typename F::Activation* out) {
+    const auto plane = conv.stride == 1 ? depthwise_plane<V, F, 1> : depthwise_plane<V, F, 2>;
     plane(conv, vector, in, first, last, out);
 }
 
-template <class V, class Out>
-void mean(const float* in, int64_t pixels, Out* out) {
+template <class V, class F>
+void mean(const Pointwise<typename F::Weight>&, int64_t, const float* in, int64_t pixels, typename F::Activation* out) {
     typename V::Type sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
     int64_t i = 0;
     for (; i + 4 <= pixels; i += 4) {
@@ -230,9 +237,9 @@ constexpr Kernels<F> kernels_of(const char* name) {
             project<V, F, Activation>,
             project<V, F, typename F::Hidden>,
             classify<V, F>,
-            stem<V>,
-            depthwise<V, Activation>,
-            mean<V, Activation>,
+            stem<V, F>,
+            depthwise<V, F>,
+            mean<V, F>,
             multiply_adds<V, F>};
 }
 

@@ -3,7 +3,9 @@
 
 #include "kernels.h"
 
+#ifndef MBV2_UNROLL
 #define MBV2_UNROLL _Pragma("GCC unroll 64")
+#endif
 
 namespace mbv2::cpu {
 namespace {
@@ -23,10 +25,11 @@ inline __attribute__((always_inline)) void multiply(Accumulators<V, Rows, Vector
     MBV2_UNROLL for (int m = 0; m < Rows; ++m) V::add_products(acc.value[m], a + m * RowStep, weights);
 }
 
-template <class V, int Rows, int Vectors>
-inline __attribute__((always_inline)) void start(Accumulators<V, Rows, Vectors>& acc, const float* bias) {
+// `outputs` has OutputVectors numbers of each output, the bias first.
+template <int OutputVectors = 1, class V, int Rows, int Vectors>
+inline __attribute__((always_inline)) void start(Accumulators<V, Rows, Vectors>& acc, const float* outputs) {
     MBV2_UNROLL for (int v = 0; v < Vectors; ++v) {
-        const typename V::Type value = V::load(bias + v * V::lanes);
+        const typename V::Type value = V::load(outputs + v * OutputVectors * V::lanes);
         MBV2_UNROLL for (int m = 0; m < Rows; ++m) acc.value[m][v] = value;
     }
 }

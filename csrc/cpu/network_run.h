@@ -81,7 +81,7 @@ void features(const Plan& plan, const Network<F>& network, const Kernels<F>& ker
             kernels.expand(network.head, p, in, pixels * lanes, pixels, hidden, pixels * lanes);
             for (int64_t v = 0; v < panels.size(p); ++v) {
                 auto* to = pooled + ((panels.first(p) + v) * image.batch + n) * lanes;
-                kernels.mean(hidden + v * pixels * lanes, pixels, to);
+                kernels.mean(network.head, panels.first(p) + v, hidden + v * pixels * lanes, pixels, to);
             }
         }
     });

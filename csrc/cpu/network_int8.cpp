@@ -1,0 +1,12 @@
+// The network in int8.
+#include "network_pack.h"
+#include "network_run.h"
+
+namespace mbv2::cpu {
+
+template int64_t packed_size(const Plan&, const Kernels<Int8>&);
+template std::vector<int64_t> weight_sizes<Int8>(const Plan&);
+template void pack(const Plan&, const Kernels<Int8>&, const float* const*, std::byte*);
+template void run(const Plan&, const Kernels<Int8>&, const std::byte*, const Image&, const Threads&, float*, Times*);
+
+}  // namespace mbv2::cpu
