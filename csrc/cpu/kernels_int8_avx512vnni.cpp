@@ -19,7 +19,7 @@ namespace {
 struct Int8Vnni : HalvesAvx2 {
     using Sum = __m512i;
     static constexpr int panel = 2;
-    static constexpr int rows[2] = {14, 12};
+    static constexpr int rows[3] = {14, 12, 8};
     static constexpr int quads = 1;
     static constexpr int lines_ahead = 0;
 
@@ -61,7 +61,7 @@ struct StemAvx512 {
     using Type = __m512;
     static constexpr int lanes = 16;
     static constexpr int panel = 2;
-    static constexpr int rows[2] = {14, 12};
+    static constexpr int rows[3] = {14, 12, 8};
 
     static Type load_weights(const float* p) { return _mm512_load_ps(p); }
     static Type load(const float* p) { return _mm512_load_ps(p); }

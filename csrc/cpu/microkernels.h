@@ -106,10 +106,9 @@ void stem_panel(const Stem& stem, int64_t panel, int64_t row, typename F::Hidden
 template <class V, class F>
 void stem(const Stem& stem, int64_t panel, int64_t row, typename F::Hidden* out, int64_t out_plane) {
     const int64_t vectors = stem.conv.panels.size(panel);
-    if constexpr (V::panel > 2) {
-        if (vectors > 2) return stem_panel<V, F, 3>(stem, panel, row, out, out_plane);
-    }
+    // Panels of two may have one or three.
     if constexpr (V::panel > 1) {
+        if (vectors > 2) return stem_panel<V, F, 3>(stem, panel, row, out, out_plane);
         if (vectors > 1) return stem_panel<V, F, 2>(stem, panel, row, out, out_plane);
     }
     stem_panel<V, F, 1>(stem, panel, row, out, out_plane);

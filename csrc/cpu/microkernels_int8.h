@@ -150,7 +150,9 @@ void pointwise(const Pointwise<int8_t>& conv, int64_t index, const uint8_t* in, 
                          of_output(conv.outputs, first, kBias),
                          0,
                          reinterpret_cast<const char*>(weights + vectors * kLanes * inputs)};
+    // Panels of two may have one or three.
     if constexpr (V::panel > 1) {
+        if (vectors > 2) return pointwise_panel<V, Finish, 3>(panel, finish, rows);
         if (vectors > 1) return pointwise_panel<V, Finish, 2>(panel, finish, rows);
     }
     pointwise_panel<V, Finish, 1>(panel, finish, rows);
