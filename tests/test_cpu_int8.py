@@ -2,14 +2,16 @@
 
 import copy
 import pickle
+import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 
 import int8_reference
 import pytest
 import torch
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
-from test_cpu_network import trained
+from test_cpu_network import KERNELS, ROOT, build, compiler_or_skip, run_built, trained
 from torch import Tensor
 
 import mbv2
@@ -181,3 +183,16 @@ def test_what_it_cannot_do_is_said() -> None:
         optimize(broken, torch.int8, x)
     with pytest.raises(RuntimeError, match="stays in int8"):
         optimize(model, torch.int8, x).half()
+
+
+@pytest.mark.slow
+def test_the_vnni_kernels_through_simde_are_the_portable_ones_on_any_machine(tmp_path: Path) -> None:
+    probe = [compiler_or_skip(), "-xc++", "-E", "-"]
+    if subprocess.run(probe, input=b"#include <simde/x86/avx512.h>\n", capture_output=True).returncode != 0:
+        pytest.skip("no SIMDe headers (Debian: apt-get install libsimde-dev)")
+    native = ["-mavx2", "-mfma"] if "avx2" in ISAS else []
+    names = ("kernels_int8_portable", "kernels_int8_avx512vnni", "network_int8", "plan")
+    sources = [*(KERNELS / f"{name}.cpp" for name in names), ROOT / "tests" / "cpu_int8_simde.cpp"]
+    simde = ["-DMBV2_SIMDE", "-include", str(ROOT / "tests" / "simde_missing.h"), *native]
+    build(sources, ["-O1"], {"kernels_int8_avx512vnni": simde}, tmp_path / "simde")
+    assert run_built(tmp_path / "simde") == 21
