@@ -33,6 +33,7 @@ _FLAGS = ["-O3", "-std=c++20", "-g0", "-fvisibility=hidden", "-Wno-maybe-uniniti
 _ISA_FLAGS = {
     # GCC 12 warns of its own _mm512_undefined_ps.
     "avx512": ["-mavx512f", "-mavx512dq", "-mavx2", "-mfma", "-Wno-uninitialized"],
+    "avx512bf16": ["-mavx512f", "-mavx512dq", "-mavx512bf16", "-mavx2", "-mfma", "-Wno-uninitialized"],
     "avx2": ["-mavx2", "-mfma"],
 }
 _NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]

@@ -14,6 +14,7 @@ namespace mbv2::cpu {
 // What body(F()) returns for the format F of this name.
 template <class Body>
 auto with_format(const std::string& format, const Body& body) {
+    if (format == Bfloat16::name) return body(Bfloat16());
     TORCH_CHECK(format == Float32::name, "there is no network in ", format);
     return body(Float32());
 }

@@ -10,9 +10,11 @@ from mbv2.errors import UserError
 from mbv2.kernels import BackendError, cpu_network
 from mbv2.model import MobileNetV2
 
+FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
 
 class OptimizedMobileNetV2(nn.Module):
-    """What `optimize_for_inference` returns: float32 pictures on the CPU to logits, without gradients.
+    """What `optimize_for_inference` returns: float32 pictures on the CPU to float32 logits, without gradients.
 
     It holds a copy of the weights; later changes of the model it was made from do not reach it. It can be pickled
     and copied, and packs itself anew for the machine it is loaded on.
@@ -21,10 +23,11 @@ class OptimizedMobileNetV2(nn.Module):
         num_classes: all logits, an extra class included.
         num_real_classes: the logits without the extra class.
         class_offset: index of the first real class.
+        dtype: what it computes in: torch.float32, or torch.bfloat16 (with float32 sums).
         isa: the instruction set it is packed for: avx512, avx2 or portable.
     """
 
-    def __init__(self, model: MobileNetV2) -> None:
+    def __init__(self, model: MobileNetV2, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.num_classes = model.num_classes
         self.num_real_classes = model.num_real_classes
@@ -33,6 +36,8 @@ class OptimizedMobileNetV2(nn.Module):
         self._turns_picture = model.turns_picture
         self._last_channels = model.last_channel
         self._folded = fold(model)
+        self.dtype = dtype
+        self._format = FORMATS[dtype]
         self._pack()
         self.eval()
 
@@ -48,7 +53,7 @@ class OptimizedMobileNetV2(nn.Module):
             )
         if self._turns_picture:
             x = x.flip(2, 3)
-        return torch.ops.mbv2.cpu_network(x, self._packed, self._plan, self.num_classes, self.isa)
+        return torch.ops.mbv2.cpu_network(x, self._packed, self._plan, self.num_classes, self.isa, self._format)
 
     def real_logits(self, logits: Tensor) -> Tensor:
         """[N, num_classes] -> [N, num_real_classes], as `MobileNetV2.real_logits`."""
@@ -72,41 +77,52 @@ class OptimizedMobileNetV2(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name not in ("_packed", "_plan", "isa")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        # Those that were stored before there was another format say nothing of it.
+        self.__dict__.update({"dtype": torch.float32, "_format": "float32", **state})
         self._pack()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "OptimizedMobileNetV2":
         changed = fn(self._folded[0])
         if changed.dtype != torch.float32 or changed.device.type != "cpu":
-            raise RuntimeError("an optimized network stays in float32 on the CPU: move the model it was made from")
+            raise RuntimeError(
+                f"an optimized network stays in {self._format} on the CPU: move the model it was made from"
+            )
         return self
 
     def _pack(self) -> None:
-        network = cpu_network.pack(self._folded, self._blocks, self._last_channels, self.num_classes)
+        network = cpu_network.pack(self._folded, self._blocks, self._last_channels, self.num_classes, self._format)
         self._packed, self._plan, self.isa = network.packed, network.plan, network.isa
 
 
-def optimize_for_inference(model: MobileNetV2) -> nn.Module:
+def optimize_for_inference(model: MobileNetV2, dtype: torch.dtype | None = None) -> nn.Module:
     """Fold BatchNorm, pack the weights for the device, and return a module that runs the network fast there.
 
     Args:
         model: an `mbv2.MobileNetV2` in evaluation mode: float32 on the CPU, or float16, bfloat16 or float32 on a GPU.
+        dtype: what a network on the CPU computes in: float32, which is the default, or bfloat16, for CPUs with
+            AVX512_BF16; pictures and logits are float32 either way. A network on a GPU computes in the model's type.
 
     Returns:
         An `OptimizedMobileNetV2`, or for a GPU an `mbv2.optimized_cuda.OptimizedCudaMobileNetV2`.
 
     Raises:
         TypeError: another kind of model.
-        ValueError: the model is in training mode, not float32 or not on the CPU.
-        mbv2.kernels.BackendError: this installation has no compiled kernels, or `MBV2_CPU_ISA` cannot be run here.
+        ValueError: the model is in training mode, not float32 or not on the CPU, or there is no network in `dtype`.
+        mbv2.kernels.BackendError: this installation has no compiled kernels, this machine has no instructions for
+            `dtype`, or `MBV2_CPU_ISA` cannot be run here.
     """
     if not isinstance(model, MobileNetV2):
         raise TypeError(f"optimize_for_inference takes an mbv2.MobileNetV2, not {type(model).__name__}")
     if any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode; call model.eval() first")
-    if model.classifier[-1].weight.device.type == "cuda":
+    weight = model.classifier[-1].weight
+    if weight.device.type == "cuda":
         from mbv2 import optimized_cuda
 
+        if dtype not in (None, weight.dtype):
+            raise ValueError(
+                f"on a GPU the optimized network is in the model's type, {weight.dtype}; call model.to({dtype})"
+            )
         optimized_cuda.check(model)
         return optimized_cuda.OptimizedCudaMobileNetV2(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -115,7 +131,9 @@ def optimize_for_inference(model: MobileNetV2) -> nn.Module:
                 f"the optimized network is float32 on the CPU, but {name} is {tensor.dtype} on {tensor.device}; "
                 "call model.float().cpu() first"
             )
-    return OptimizedMobileNetV2(model)
+    if dtype is not None and dtype not in FORMATS:
+        raise ValueError(f"there is no optimized network in {dtype} on the CPU, but in {', '.join(map(str, FORMATS))}")
+    return OptimizedMobileNetV2(model, dtype or torch.float32)
 
 
 def fastest(
@@ -127,7 +145,7 @@ def fastest(
     Args:
         model: in evaluation mode or not; it is put into evaluation mode.
         device: where the pictures will be; the model is moved there.
-        autocast: the type of mixed precision, which the packed network has not.
+        autocast: the type of mixed precision; the packed network has bfloat16, where the CPU has instructions for it.
 
     Raises:
         UserError: `MBV2_CPU_ISA` names what this machine cannot run.
@@ -138,15 +156,22 @@ def fastest(
         return model, f"operators on {device.type}"
     if asked != "auto":
         return model, f"operators one by one, as MBV2_BACKEND={asked}"
-    if autocast is not None:
-        return model, "operators one by one, for mixed precision"
+    if autocast not in (None, torch.bfloat16):
+        return model, "operators one by one, for mixed precision in float16"
     if cpu_network.refusal() is not None:
         return model, "operators one by one, as this installation has no compiled kernels (mbv2 doctor says why)"
     try:
-        fast = optimize_for_inference(model)
+        cpu_network.isa()
     except BackendError as error:
         raise UserError(str(error)) from error
-    return fast, f"one compiled network ({fast.isa})"
+    if autocast is None:
+        fast = optimize_for_inference(model)
+        return fast, f"one compiled network ({fast.isa})"
+    try:
+        fast = optimize_for_inference(model, torch.bfloat16)
+    except BackendError as error:
+        return model, f"operators one by one, for mixed precision ({error})"
+    return fast, f"one compiled network in bfloat16 ({fast.isa})"
 
 
 def block_shapes(model: MobileNetV2) -> list[cpu_network.BlockShape]:

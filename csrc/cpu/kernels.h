@@ -106,5 +106,7 @@ struct Kernels {
 const Kernels<Float32>* avx512_kernels();
 const Kernels<Float32>* avx2_kernels();
 const Kernels<Float32>* portable_kernels();
+const Kernels<Bfloat16>* bf16_avx512_kernels();
+const Kernels<Bfloat16>* bf16_portable_kernels();
 
 }  // namespace mbv2::cpu
