@@ -233,6 +233,7 @@ def test_mixed_precision_in_bfloat16_runs_it(portable: None, monkeypatch: pytest
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_on_real_pictures_it_is_as_good_as_float32(
     shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

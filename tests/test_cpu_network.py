@@ -310,6 +310,7 @@ def run_built(program: Path) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_kernels_run_clean_under_the_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
     program = tmp_path / "sanitized"
     probe = subprocess.run(
@@ -330,6 +331,7 @@ def test_the_kernels_run_clean_under_the_address_and_undefined_behaviour_sanitiz
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_avx512_kernels_through_simde_are_the_portable_ones_on_any_machine(tmp_path: Path) -> None:
     probe = [compiler_or_skip(), "-xc++", "-E", "-"]
     if subprocess.run(probe, input=b"#include <simde/x86/avx512.h>\n", capture_output=True).returncode != 0:

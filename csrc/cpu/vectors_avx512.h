@@ -37,17 +37,18 @@ struct Avx512 {
     using Pairs = __m512bh;
 
 #ifdef MBV2_SIMDE
-    // It has no such conversions.
-    static Type load(const Bf16* p) {
+    // It has no such conversions. Calls, as so many loops in every tile would take minutes to compile.
+    static __attribute__((noinline)) Type load(const Bf16* p) {
         alignas(64) float values[lanes];
         for (int i = 0; i < lanes; ++i) values[i] = __builtin_bit_cast(float, static_cast<uint32_t>(p[i]) << 16);
         return load(values);
     }
-    static void store(Bf16* p, Type x) {
+    static __attribute__((noinline)) void store(Bf16* p, Type x) {
         alignas(64) float values[lanes];
         store(values, x);
         for (int i = 0; i < lanes; ++i) p[i] = rounded(values[i]);
     }
+    static __attribute__((noinline)) Type fma(Pairs a, Pairs b, Type c) { return _mm512_dpbf16_ps(c, a, b); }
 #else
     static Type load(const Bf16* p) {
         const __m256i halves = _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
@@ -56,6 +57,7 @@ struct Avx512 {
     static void store(Bf16* p, Type x) {
         _mm256_store_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
     }
+    static Type fma(Pairs a, Pairs b, Type c) { return _mm512_dpbf16_ps(c, a, b); }
 #endif
     static Pairs load_weights(const Bf16* p) { return (Pairs)_mm512_load_si512(p); }
     static Pairs broadcast(const Bf16* p) {
@@ -63,7 +65,6 @@ struct Avx512 {
         __builtin_memcpy(&pair, p, sizeof pair);
         return (Pairs)_mm512_set1_epi32(pair);
     }
-    static Type fma(Pairs a, Pairs b, Type c) { return _mm512_dpbf16_ps(c, a, b); }
 #endif
 
     template <int N, class Input, class Weights>
