@@ -20,7 +20,8 @@ SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 # Functions that instructions are booked under, together with what they call; anything else is "run".
 PARTS = (
     "fill_tables", "clear_a1", "copy_x", "copy_a1", "copy_expand_weights", "copy_depthwise_weights",
-    "copy_project_weights", "expand", "depthwise", "project", "residual", "store_partial", "store",
+    "copy_project_weights", "expand", "depthwise", "project", "stage_alone", "stage_with_shortcut", "store_partial",
+    "store",
 )  # fmt: skip
 # Loops of which a function has several that differ, in the order of the machine code; of all others a pass takes one.
 SEVERAL = {
@@ -134,8 +135,8 @@ def runs(shape: fused.Shape, plan: fused.Plan) -> Callable[[str], float]:
         "chunk/copy_a1": warps * chunks * (not expands),
         "chunk/expand": warps * chunks * expands,
         "once/copy_x": warps * plan.splits * expands,
-        # The shortcut comes from shared memory, or in blocks without expansion from global memory: two ways again.
-        "once/residual": warps / 2 * (shape.residual and plan.splits == 1),
+        "once/stage_alone": warps * (not shape.residual and plan.splits == 1),
+        "once/stage_with_shortcut": warps * (shape.residual and plan.splits == 1),
         "chunk/project": chunks
         * warps
         * (columns / (tile.warps_n * tile.tiles_n))

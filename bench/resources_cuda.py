@@ -42,6 +42,7 @@ BUDGET = {
 _USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 
+@cache
 def kernels(dtype: torch.dtype, arch: int, nvcc: str, only_tile: int | None = None) -> dict[str, tuple[sass.Code, str]]:
     """The machine code of the kernels for `dtype` on sm_<arch>, and its listing with lines of the source, by tile (its
     index, or "sum").

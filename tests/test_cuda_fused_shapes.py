@@ -60,6 +60,8 @@ def errors(mode: str, case: Case, all_tiles: bool = True) -> tuple[float, float]
     # Any of the GPUs' plans fits ptxcpu.
     limits = GPUS["H100"] if mode != "cuda" else fused.gpu_of(torch.device("cuda"))
     plan = fused.plan_for(shape, limits, **wish)
+    if mode == "cuda" and isinstance(plan, str):
+        pytest.skip(f"another GPU's plan: {plan}")
     assert isinstance(plan, fused.Plan) and (plan.tile, plan.height, plan.width) == case[1:], plan
     weights = block(shape.inputs, shape.hidden, shape.outputs, dtype, shape.expands)
     x = activations(shape.images, shape.inputs, shape.height, shape.width, dtype)
@@ -77,8 +79,9 @@ def errors(mode: str, case: Case, all_tiles: bool = True) -> tuple[float, float]
 
 
 def check(mode: str, case: Case, all_tiles: bool = True) -> None:
-    """The case's error is within the policy."""
+    """The case's error is within the policy; pytest -rA shows it."""
     error, eager = errors(mode, case, all_tiles)
+    print(f"error {error:.2e}, plain torch's {eager:.2e}, {error / eager:.2f} times")
     allowed = MOST_RATIO * eager + FLOOR[list(fused.ELEMENTS)[case.shape.element]]
     assert error <= allowed, f"{case}: error {error:.2e} against float64, plain torch's {eager:.2e}"
 
@@ -104,6 +107,7 @@ def mode(request: pytest.FixtureRequest) -> str:
 
 
 A100_HALF = [case for case in cases(A100, 0) if case.tile == 0]
+PLANNED = [dict.fromkeys(case for gpu in GPUS.values() for case in cases(gpu, element)) for element in range(3)]
 
 
 @pytest.mark.parametrize("case", A100_HALF, ids=str)
@@ -111,21 +115,23 @@ def test_blocks_of_the_largest_tile_are_as_exact_as_plain_torch(mode: str, case:
     check(mode, case, all_tiles=False)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("element", range(3), ids=[str(dtype) for dtype in fused.ELEMENTS])
-def test_every_block_is_as_exact_as_plain_torch_on_every_gpus_plan(mode: str, element: int) -> None:
-    gpus = [fused.gpu_of(torch.device("cuda"))] if mode == "cuda" else GPUS.values()
-    planned = dict.fromkeys(case for gpu in gpus for case in cases(gpu, element))
-    assert len({case.shape._replace(height=0, width=0) for case in planned}) == 12
-    for case in planned:
-        check(mode, case)
+def test_every_block_shape_of_the_network_is_among_the_cases(element: int) -> None:
+    kinds = {shape._replace(height=0, width=0, images=0) for shape in blocks(1.0, 224, 256, element)}
+    assert {case.shape._replace(height=0, width=0, images=0) for case in PLANNED[element]} == kinds
+    assert len(kinds) == 12
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("element", range(3), ids=[str(dtype) for dtype in fused.ELEMENTS])
-def test_every_tile_is_as_exact_as_plain_torch_on_ragged_shapes(mode: str, element: int) -> None:
-    for case in ragged(element):
-        check(mode, case)
+@pytest.mark.parametrize("case", [case for planned in PLANNED for case in planned], ids=str)
+def test_every_block_is_as_exact_as_plain_torch_on_every_gpus_plan(mode: str, case: Case) -> None:
+    check(mode, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for element in range(3) for case in ragged(element)], ids=str)
+def test_every_tile_is_as_exact_as_plain_torch_on_ragged_shapes(mode: str, case: Case) -> None:
+    check(mode, case)
 
 
 def _dense(out: Tensor) -> Tensor:

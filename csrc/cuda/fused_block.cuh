@@ -123,7 +123,8 @@ class Block {
         __syncthreads();
         if (expands) copy_x();
 
-        float sums[kShape.tiles_m][kShape.tiles_n][4] = {};
+        float sums[kShape.tiles_m][kShape.tiles_n][4];
+        start(sums);
         // The pass before the first chunk only loads and expands.
 #pragma unroll 1
         for (int c = -1; c < count; ++c) {
@@ -509,6 +510,21 @@ class Block {
         }
     }
 
+    // The bias of the projection, or nothing where `add_partials` adds it.
+    __device__ __forceinline__ void start(float (&sums)[kShape.tiles_m][kShape.tiles_n][4]) const {
+#pragma unroll
+        for (int j = 0; j < kShape.tiles_n; ++j) {
+            const int channel = (first_n() + j) * 8 + lane % 4 * 2;
+            const bool wanted = channel < p.outputs && p.splits == 1;
+            const float2 bias = wanted ? *reinterpret_cast<const float2*>(p.b3 + channel) : make_float2(0, 0);
+#pragma unroll
+            for (int i = 0; i < kShape.tiles_m; ++i) {
+                sums[i][j][0] = sums[i][j][2] = bias.x;
+                sums[i][j][1] = sums[i][j][3] = bias.y;
+            }
+        }
+    }
+
     // --- results -----------------------------------------------------------------------------------------------
 
     __device__ __forceinline__ int64_t first_output() const {
@@ -536,18 +552,11 @@ class Block {
     __device__ __forceinline__ void store(const float (&sums)[kShape.tiles_m][kShape.tiles_n][4]) {
         const int pitch = p.outputs * Tr::kBytes + 16;
         unsigned char* stage = smem + p.at_a1;
-        each_row([&](int i, int half, int row, const Unit& unit, int walked) {
-            each_pair([&](int j, int channel) {
-                const float2 bias = *reinterpret_cast<const float2*>(p.b3 + channel);
-                const float* pair = sums[i][j] + half * 2;
-                float low = pair[0] + bias.x, high = pair[1] + bias.y;
-                if (p.residual) {
-                    const float2 x = residual(unit, walked, channel);
-                    low += x.x, high += x.y;
-                }
-                store_pair<Tensor>(stage + row * pitch + channel * Tr::kBytes, low, high);
-            });
-        });
+        if (p.residual) {
+            stage_with_shortcut(sums, stage, pitch);
+        } else {
+            stage_alone(sums, stage, pitch);
+        }
         __syncthreads();
         Scalar* out = static_cast<Scalar*>(p.out) + first_output() * p.outputs;
         const int vectors = p.out_vectors.value;
@@ -562,13 +571,38 @@ class Block {
         }
     }
 
-    __device__ __forceinline__ float2 residual(const Unit& unit, int walked, int channel) const {
+    __device__ __forceinline__ void stage_alone(const float (&sums)[kShape.tiles_m][kShape.tiles_n][4],
+                                                unsigned char* stage, int pitch) {
+        each_row([&](int i, int half, int row, const Unit& unit, int walked) {
+            unsigned char* to = stage + row * pitch;
+            each_pair([&](int j, int channel) {
+                const float* pair = sums[i][j] + half * 2;
+                store_pair<Tensor>(to + channel * Tr::kBytes, pair[0], pair[1]);
+            });
+        });
+    }
+
+    __device__ __forceinline__ void stage_with_shortcut(const float (&sums)[kShape.tiles_m][kShape.tiles_n][4],
+                                                        unsigned char* stage, int pitch) {
+        each_row([&](int i, int half, int row, const Unit& unit, int walked) {
+            unsigned char* to = stage + row * pitch;
+            const Scalar* from = shortcut(unit, walked);
+            each_pair([&](int j, int channel) {
+                const float* pair = sums[i][j] + half * 2;
+                const float2 x = load_pair<Tensor>(from + channel);
+                store_pair<Tensor>(to + channel * Tr::kBytes, pair[0] + x.x, pair[1] + x.y);
+            });
+        });
+    }
+
+    // The input at an output's position: in shared memory, but in blocks without expansion only global memory has all
+    // channels of it.
+    __device__ __forceinline__ const Scalar* shortcut(const Unit& unit, int walked) const {
         if (expands) {
             const int position = unit.x + walked * shared_tile().in_columns;
-            return load_pair<Tensor>(smem + position * p.x_pitch + channel * Tr::kBytes);
+            return reinterpret_cast<const Scalar*>(smem + position * p.x_pitch);
         }
-        const int64_t position = first_output() + unit.out + walked * p.out_width;
-        return load_pair<Tensor>(static_cast<const Scalar*>(p.x) + position * p.inputs + channel);
+        return static_cast<const Scalar*>(p.x) + (first_output() + unit.out + walked * p.out_width) * p.inputs;
     }
 
     // Calls use(tile, half, row, unit, walked) for every row of sums of this lane whose output exists.
@@ -591,8 +625,8 @@ class Block {
     __device__ __forceinline__ void each_pair(const Use& use) {
 #pragma unroll
         for (int j = 0; j < kShape.tiles_n; ++j) {
-            const int channel = (first_n() + j) * 8 + lane % 4 * 2;
-            if (channel < p.outputs) use(j, channel);
+            if ((first_n() + j) * 8 >= p.outputs) break;
+            use(j, (first_n() + j) * 8 + lane % 4 * 2);
         }
     }
 

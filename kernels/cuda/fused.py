@@ -53,6 +53,7 @@ class Plan(NamedTuple):
         shared_bytes: of dynamic shared memory.
         partial_bytes: of the tensor of partial sums.
         microseconds: the planner's estimate, for comparing plans.
+        instructions: the planner's estimate of those of all threads, the second kernel's left out.
         params: the kernel's parameter struct, without addresses.
     """
 
@@ -67,6 +68,7 @@ class Plan(NamedTuple):
     shared_bytes: int
     partial_bytes: int
     microseconds: float
+    instructions: float
     params: bytes
 
 
