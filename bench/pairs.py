@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from mbv2.files import write_atomic
 from mbv2.kernels.cuda import fused
 
 RESULTS = Path(__file__).parent / "results" / "pairs.json"
-BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+BATCHES = (1, 8, 32, 64, 128, 256)
 ITEM = 2
 # A saving of less than this share of a network's time is not worth two more kernels.
 MATERIAL = 0.03
@@ -45,12 +46,14 @@ class Work:
     shared: float = 0
     products: float = 0
 
-    def add(self, items: float, warps: int, instructions: float, shared: float = 0, products: float = 0) -> None:
-        """`items` pieces of work dealt to `warps`, each with these costs."""
-        self.instructions += items * instructions
-        self.longest += LONE_WARP * -(-items // warps) * instructions
-        self.shared += items * shared
-        self.products += items * products
+    def add(
+        self, items: float, warps: int, instructions: float, shared: float = 0, products: float = 0, times: int = 1
+    ) -> None:
+        """`items` pieces of work dealt to `warps`, each with these costs; all of it `times` times."""
+        self.instructions += times * items * instructions
+        self.longest += times * LONE_WARP * -(-items // warps) * instructions
+        self.shared += times * items * shared
+        self.products += times * items * products
 
 
 class Option(NamedTuple):
@@ -74,7 +77,7 @@ def microseconds(gpu: Architecture, work: Work, blocks: int, resident: int, move
 def expand_depthwise(gpu: Architecture, block: plan.Block, batch: int) -> float:
     """Microseconds of the kernel that leaves the depthwise result: the fused one without its last product.
 
-    A thread block has a tile of outputs and some chunks of 32 hidden channels; no sums are shared, so chunks split freely.
+    A thread block has a tile of outputs and some chunks of 32 hidden channels, any number, as no sums are shared.
     """
     best = float("inf")
     stride, side = block.stride, block.side_out
@@ -91,15 +94,16 @@ def expand_depthwise(gpu: Architecture, block: plan.Block, batch: int) -> float:
         resident = min(2, gpu.shared_per_sm // (shared + 9000))
         if resident == 0:
             continue
-        for each in sorted({-(-chunks // parts) for parts in range(1, chunks + 1)}):
+        for each in sorted({-(-chunks // parts) for parts in (1, 2, 3, 4, 6, 8, 12, 20, chunks)}):
             work = Work()
             a1_rows = walk * stride + 3 - stride
-            for _ in range(each):
-                work.longest += 2 * BARRIER
-                work.add(groups * 2, warps, 95 + 4 * a1_rows + 26 * walk, (3 * a1_rows + walk) * 512, walk * 18 * 1024)
-                work.add(-(-positions // 32), warps, 186 + 21 * x_steps, x_steps * 4 * 512 + 2048, x_steps * 8 * 2048)
-                work.add(warps, warps, 120)
-                work.add(-(-height * width * 4 // 32), warps, 25, 1024)  # 16 bytes a lane to global memory
+            work.longest += each * 2 * BARRIER
+            loads = (3 * a1_rows + walk) * 512
+            work.add(groups * 2, warps, 95 + 4 * a1_rows + 26 * walk, loads, walk * 18 * 1024, times=each)
+            expanded = 186 + 21 * x_steps, x_steps * 4 * 512 + 2048, x_steps * 8 * 2048
+            work.add(-(-positions // 32), warps, *expanded, times=each)
+            work.add(warps, warps, 120, times=each)
+            work.add(-(-height * width * 4 // 32), warps, 25, 1024, times=each)  # 16 bytes a lane to global memory
             work.add(warps, warps, 330)
             work.add(positions / 32, warps, 77 + 37 * 2 * x_steps)
             blocks = batch * -(-side // height) * -(-side // width) * -(-chunks // each)
@@ -117,11 +121,10 @@ def product(gpu: Architecture, rows: int, inner: int, columns: int, dram: float)
             warps = min(4, m * n // 256)
             pairs = m * n / 128 / warps  # 16x8 tiles of a warp
             work = Work()
-            for _ in range(steps):
-                work.longest += BARRIER
-                # Two products of 16 terms, operands by ldmatrix, 16 bytes a lane of the next step's copies.
-                work.add(warps, warps, 20 + pairs * 3.2, pairs * 1200, pairs * 2 * 2048)
-                work.add((m + n) * 4 / 32, warps, 12)
+            work.longest += steps * BARRIER
+            # Two products of 16 terms, operands by ldmatrix, 16 bytes a lane of the next step's copies.
+            work.add(warps, warps, 20 + pairs * 3.2, pairs * 1200, pairs * 2 * 2048, times=steps)
+            work.add((m + n) * 4 / 32, warps, 12, times=steps)
             work.add(warps, warps, 150 + 16 * pairs)
             blocks = -(-rows // m) * -(-columns // n)
             resident = max(1, min(8, gpu.warps // warps // 2))
@@ -130,6 +133,7 @@ def product(gpu: Architecture, rows: int, inner: int, columns: int, dram: float)
     return best
 
 
+@cache
 def options(gpu: Architecture, block: plan.Block, batch: int) -> list[Option]:
     """The fused block first, then the pairs."""
     limits = fused.Gpu(gpu.number, gpu.processors, gpu.shared_per_block, gpu.shared_per_sm)
@@ -232,7 +236,7 @@ def _tiles(side: int, most: int) -> Iterator[tuple[int, int]]:
     sizes = sorted({-(-side // parts) for parts in range(1, side + 1)})
     for width in sizes:
         heights = [height for height in sizes if height * width <= most]
-        yield from ((height, width) for height in heights[-3:])
+        yield from ((height, width) for height in heights[-2:])
 
 
 def _saving(pair: dict[str, Any]) -> float:

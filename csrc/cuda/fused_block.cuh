@@ -623,10 +623,13 @@ class Block {
 
     template <class Use>
     __device__ __forceinline__ void each_pair(const Use& use) {
+        int first = first_n() * 8 + lane % 4 * 2;
+        // Found anew, or the compiler keeps what `start` made of it in registers of the main loop.
+        asm volatile("" : "+r"(first));
 #pragma unroll
         for (int j = 0; j < kShape.tiles_n; ++j) {
-            if ((first_n() + j) * 8 >= p.outputs) break;
-            use(j, (first_n() + j) * 8 + lane % 4 * 2);
+            if (first + j * 8 >= p.outputs) break;
+            use(j, first + j * 8);
         }
     }
 
