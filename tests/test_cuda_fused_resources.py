@@ -1,5 +1,6 @@
 """The static gate on the fused block's machine code, per architecture: what `bench.resources_cuda` finds wrong."""
 
+import json
 from typing import Any
 
 import pytest
@@ -55,6 +56,17 @@ def test_products_counted_in_machine_code_times_their_runs_are_those_that_run(
     [(plan, stats)] = emulated
     shape = fused.Shape(0, 2, *size, 24, 72, 16, stride, True, False)
     assert fused_counts.executed(shape, plan, {"0": products}) == 32 * stats.mma
+
+
+def test_the_committed_figures_are_of_every_kernel_and_without_fault() -> None:
+    known = json.loads(resources_cuda.RESULTS.read_text())
+    assert set(known) == {arch.name for arch in ARCHITECTURES.values()}
+    for arch, types in known.items():
+        assert set(types) == {str(dtype).removeprefix("torch.") for dtype in resources_cuda.NAMES}, arch
+        for name, tiles in types.items():
+            assert len(tiles) == len(fused_counts.tiles()) + 1, (arch, name)
+            assert not [(arch, name, tile, row["faults"]) for tile, row in tiles.items() if row["faults"]]
+            assert all(row["local_memory"] == 0 for row in tiles.values()), (arch, name)
 
 
 @slow
