@@ -6,7 +6,7 @@ Writes model.json and model.md. Everybody runs channels_last with the same weigh
 random pictures: with those of a new network activations would fade below float16. Inference converts the weights once,
 and is checked against torchvision in float32 before it is timed; training runs under autocast. torch computes float32
 without tf32. What cannot run here is named with the reason. --dry-run: on the CPU, a narrow network on tiny pictures,
-bfloat16, nothing compiled, the optimized network's kernels through their PTX.
+float32, nothing compiled, the optimized network's kernels through their PTX.
 """
 
 import argparse
@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("torch sees no GPU here; rehearse with --dry-run")
     gpu_timing.exact_float32()
-    dtypes = ["bfloat16"] if options.dry_run else options.dtype
+    dtypes = ["float32"] if options.dry_run else options.dtype
     side, runs = (32, 2) if options.dry_run else (224, gpu_timing.RUNS)
     batches = (2,) if options.dry_run else tuple(dict.fromkeys((1, 8, 64, options.batch)))
     peer, ours = networks(device)

@@ -122,13 +122,17 @@ def test_every_block_shape_of_the_network_is_among_the_cases(element: int) -> No
     assert len(kinds) == 12
 
 
+# The first case of a tile compiles it, which takes minutes on a busy machine.
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("case", [case for planned in PLANNED for case in planned], ids=str)
 def test_every_block_is_as_exact_as_plain_torch_on_every_gpus_plan(mode: str, case: Case) -> None:
     check(mode, case)
 
 
+# The first case of a tile compiles it, which takes minutes on a busy machine.
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("case", [case for element in range(3) for case in ragged(element)], ids=str)
 def test_every_tile_is_as_exact_as_plain_torch_on_ragged_shapes(mode: str, case: Case) -> None:
     check(mode, case)
