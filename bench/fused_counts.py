@@ -29,7 +29,7 @@ SEVERAL = {
     "copy_depthwise_weights": ("taps", "biases", "taps", "biases"),
     "depthwise": ("s1", "s2"),
 }
-_FUNCTION = re.compile(r"__device__ __forceinline__ (?:[\w:<>]+[&*]? )+[&*]?(\w+)\(")
+_FUNCTION = re.compile(r"__device__ __forceinline__ (?:[\w:<>]+[&*]? )+[&*]?(?:Block<Tr>::)?(\w+)\(.*[^;]$")
 _LINE = re.compile(r'^\s*//## File "[^"]*?([^"/]+)", line (\d+)')
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s")
 
