@@ -48,7 +48,16 @@ class Stages:
         self._x = x
 
     def __getattr__(self, stage: str) -> Callable[..., Any]:
-        return _stage(self._name, stage, self._x)
+        x = self._x
+        if not x.is_cuda or x.device.index == torch.cuda.current_device():
+            return _stage(self._name, stage, x)
+
+        # Kernels are launched on the current GPU, whichever it is; torch's own operators go by their tensors.
+        def on_its_gpu(*args: Any) -> Any:
+            with torch.cuda.device(x.device):
+                return _stage(self._name, stage, x)(*args)
+
+        return on_its_gpu
 
 
 _backends: dict[str, Backend] = {"aten": Backend(lambda device, dtype: None, lambda: aten)}
