@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mbv2 import weights
+from mbv2 import arguments, weights
 from mbv2.convert import mindspore
 from mbv2.convert.calibrate import calibrate
 from mbv2.convert.detect import FORMATS, read_network
@@ -156,13 +156,8 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: see `convert`.
     """
-    parser = argparse.ArgumentParser(
-        prog="mbv2 convert",
-        description="Convert weights of any known format into ours (DST.safetensors) or MindSpore's (DST.ckpt).",
-        epilog="formats: " + "; ".join(f"{name}: {about}" for name, about in FORMATS.items()),
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
+    about = "Convert weights of any known format into ours (DST.safetensors) or MindSpore's (DST.ckpt)."
+    parser = arguments.parser("mbv2 convert", about, FORMATS)
     add = parser.add_argument
     add("src", help="file or folder to read")
     add("dst", help="file to write: .safetensors, or .ckpt for MindSpore")
@@ -187,32 +182,12 @@ def main(argv: Sequence[str]) -> int:
     add("--channel_order", choices=("rgb", "bgr"), default="rgb", help="that SRC expects; DST always expects RGB")
     add("--naming", choices=("mindcv", "mindvision"), default="mindcv", help="of a MindSpore file to write")
     add("--calibrate", default="", metavar="FOLDER", help="pictures to restore folded BatchNorm statistics on")
-    options = parse_arguments(parser, argv, "SRC and DST")
+    options = arguments.parse(parser, argv, "SRC and DST")
     said = Said(**{name: getattr(options, name) for name in Said.__dataclass_fields__})
     for line in convert(options.src, options.dst, options.format, said, options.naming, options.calibrate):
         print(f"convert: {line}", file=sys.stderr)
     print(options.dst)
     return 0
-
-
-def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str], needed: str) -> argparse.Namespace:
-    """What argparse makes of `argv`.
-
-    Raises:
-        UserError: an unknown or wrong option, or the positional arguments, called `needed`, are missing.
-    """
-    try:
-        options, unknown = parser.parse_known_args(list(argv))
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error} (see {parser.prog} --help)") from error
-    except SystemExit as error:
-        # Python 3.11 and older still exit when positional arguments are missing.
-        if not error.code:
-            raise
-        raise UserError(f"{needed} are needed (see {parser.prog} --help)") from error
-    if unknown:
-        raise UserError(f"unrecognized arguments: {' '.join(unknown)} (see {parser.prog} --help)")
-    return options
 
 
 def _pictures(src: Path, facts: dict[str, Any], said: Said) -> dict[str, Any]:
