@@ -1,4 +1,4 @@
-"""ONNX files written by the onnx package and quantised by onnxruntime: read, and compared with onnxruntime's outputs."""
+"""ONNX files written by the onnx package and quantised by onnxruntime: read, and compared with its outputs."""
 
 from pathlib import Path
 

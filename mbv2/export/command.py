@@ -84,7 +84,7 @@ def export(
         batches = _noise(trained)
     else:
         pictures, labelled = source
-        batches = _pictures(trained, _split(pictures)[1] if format in INT8 else pictures, labelled)
+        batches = _pictures(trained, split(pictures)[1] if format in INT8 else pictures, labelled)
     return compare(trained.model, runner(dst, format), batches)
 
 
@@ -148,7 +148,7 @@ def _write(trained: Trained, pretrained: str, dst: Path, format: str, source: "t
     network = PlainNetwork(trained.model, side)
     if format in INT8:
         assert source is not None
-        batches = (images for images, _ in _pictures(trained, _split(source[0])[0], False))
+        batches = (images for images, _ in _pictures(trained, split(source[0])[0], False))
         (write.onnx_int8 if format == "onnx-int8" else write.pt2e_int8)(network, side, dst, batches)
         return
     getattr(write, format)(network, side, dst)
@@ -166,7 +166,7 @@ def _source(data_url: str, trained: Trained) -> "tuple[Source, bool]":
     return source, max(sample.label for sample in source.samples) < trained.model.num_real_classes
 
 
-def _split(source: "Source") -> "tuple[Source, Source]":
+def split(source: "Source") -> "tuple[Source, Source]":
     """Pictures to measure ranges on, at most 128 and at most half of all, and the others; of one picture both."""
     samples = source.samples
     step = max(2, -(-len(samples) // _CALIBRATION))
