@@ -12,7 +12,7 @@ from mbv2.convert import mindspore
 from mbv2.convert.calibrate import calibrate
 from mbv2.convert.detect import FORMATS, read_network
 from mbv2.convert.network import NotThisNetwork, state_dict
-from mbv2.data.recipe import Recipe
+from mbv2.data.recipe import INTERPOLATIONS, Recipe, eval_options
 from mbv2.errors import UserError
 from mbv2.files import write_atomic
 from mbv2.model import PADDINGS, MobileNetV2
@@ -35,6 +35,8 @@ class Said:
         preprocessing: "torch" or "tf", which sets mean, std and squeeze.
         mean, std: per channel, on values 0..1.
         squeeze: evaluate the whole picture squeezed into the square instead of a centre crop.
+        interpolation: evaluate on pictures resized "bilinear" or "bicubic".
+        crop_pct: side of evaluation's crop as a share of the resized picture's shorter side.
         resize: side of the network's input in pixels.
         alpha: width multiplier, for a width that is not a published one.
         channel_order: "rgb", or "bgr" for a network that was trained on pictures in that order.
@@ -47,6 +49,8 @@ class Said:
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     squeeze: bool | None = None
+    interpolation: str | None = None
+    crop_pct: float | None = None
     resize: int | None = None
     alpha: float | None = None
     channel_order: str = "rgb"
@@ -97,7 +101,10 @@ def convert(
     except OSError as error:
         raise UserError(f"{dst}: cannot be written ({error.strerror or error})") from error
     facts = ", ".join(f"{key} {meta[key]}" for key in ("alpha", "resolution", "num_classes", "class_offset", "padding"))
-    crop = "whole picture squeezed" if meta["squeeze"] else "centre crop"
+    share = meta.get("crop_pct", 1.0 if meta["squeeze"] else 0.875)
+    crop = "whole picture squeezed" if meta["squeeze"] else "picture"
+    crop += "" if share == 1 else f", centre crop of {share:g}"
+    crop += f", {meta.get('interpolation', 'bilinear')}"
     picture = f"pictures: mean {_rounded(meta['mean'])}, std {_rounded(meta['std'])}, {crop}"
     return [f"{meta['converted_from']}: {facts}, bn_eps {meta['bn_eps']:g}", picture, *notes]
 
@@ -177,6 +184,10 @@ def main(argv: Sequence[str]) -> int:
     add(
         "--squeeze", action=argparse.BooleanOptionalAction, help="evaluate on the whole picture squeezed, not on a crop"
     )
+    add(
+        "--interpolation", choices=INTERPOLATIONS, help="evaluate on pictures resized this way (default: from the file)"
+    )
+    add("--crop_pct", type=float, help="evaluation's crop as a share of the shorter side (default: from the file)")
     add("--resize", type=int, help="side of the network's input in pixels (default: from the file, else 224)")
     add("--alpha", type=float, help="width multiplier (default: from the shapes)")
     add("--channel_order", choices=("rgb", "bgr"), default="rgb", help="that SRC expects; DST always expects RGB")
@@ -201,8 +212,12 @@ def _pictures(src: Path, facts: dict[str, Any], said: Said) -> dict[str, Any]:
     stated = {} if said.preprocessing else {key: facts[key] for key in ("mean", "std", "squeeze") if key in facts}
     found = {**base, **stated, **{key: value for key, value in given.items() if value is not None}}
     resolution = said.resize or int(facts.get("resolution") or 224)
-    Recipe(resolution=resolution, mean=tuple(found["mean"]), std=tuple(found["std"]))
+    optional = {key: facts[key] for key in ("interpolation", "crop_pct") if key in facts}
+    optional |= {key: getattr(said, key) for key in ("interpolation", "crop_pct") if getattr(said, key) is not None}
+    # Raises for what no picture could be given by.
+    Recipe(resolution, tuple(found["mean"]), tuple(found["std"]), **eval_options(found | optional, resolution))
     return {
+        **optional,
         "mean": [float(value) for value in found["mean"]],
         "std": [float(value) for value in found["std"]],
         "squeeze": bool(found["squeeze"]),

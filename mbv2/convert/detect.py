@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from mbv2 import weights
-from mbv2.convert import keras, mindspore, named, onnx, tensorflow, tflite
+from mbv2.convert import keras, mindspore, named, onnx, preprocessing, tensorflow, tflite
 from mbv2.convert.network import Malformed, Network, NotThisNetwork
 from mbv2.errors import UserError
 
@@ -72,7 +72,8 @@ def detect(path: Path) -> str:
         if (path / "variables" / "variables.index").is_file():
             return "tensorflow"
         if (path / "config.json").is_file():
-            return "huggingface"
+            # timm's folders on the Hub have its own configuration under the same name.
+            return "timm" if "pretrained_cfg" in (_json(path / "config.json") or {}) else "huggingface"
         raise UserError(f"{path}: neither a Hugging Face folder (config.json) nor a SavedModel (variables/)")
     with path.open("rb") as file:
         head = file.read(16)
@@ -127,15 +128,18 @@ def _read(path: Path, kind: str) -> Network:
 
 
 def _read_named(path: Path, kind: str) -> Network:
-    if kind != "huggingface":
-        tensors, _ = _tensors(path)
-        return named.torchvision(tensors) if kind == "torchvision" else named.timm(tensors)
+    if kind == "torchvision":
+        return named.torchvision(_tensors(path)[0])
     folder, file = (path, _weights_in(path)) if path.is_dir() else (path.parent, path)
     tensors, _ = _tensors(file)
     config = _json(folder / "config.json")
+    if kind == "timm":
+        return named.timm(tensors, preprocessing.of_timm(config or {}))
     if config is not None and config.get("model_type", "mobilenet_v2") != "mobilenet_v2":
         raise NotThisNetwork(f"config.json says {str(config['model_type'])[:40]!r}")
-    return named.hugging_face(tensors, config, _json(folder / "preprocessor_config.json") or {})
+    return named.hugging_face(
+        tensors, config, preprocessing.of_hugging_face(_json(folder / "preprocessor_config.json") or {})
+    )
 
 
 def _weights_in(folder: Path) -> Path:

@@ -1,6 +1,7 @@
 """Formats that are a dict of tensors by name: torchvision, timm, Hugging Face, TF-slim, Keras."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -24,8 +25,10 @@ def torchvision(tensors: Mapping[str, Tensor]) -> Network:
     return Network(weights, norms, *_classifier(tensors, "classifier.1"), facts=dict(_TORCH))
 
 
-def timm(tensors: Mapping[str, Tensor]) -> Network:
+def timm(tensors: Mapping[str, Tensor], pictures: Mapping[str, Any] = MappingProxyType({})) -> Network:
     """`conv_stem.weight`, `blocks.1.0.conv_pw.weight` and so on; the deeper 110d and 120d are other networks.
+
+    `pictures` is what `preprocessing.of_timm` found out.
 
     Raises:
         NotThisNetwork: tensors are missing or left over.
@@ -40,7 +43,7 @@ def timm(tensors: Mapping[str, Tensor]) -> Network:
     stages.append(("conv_head", "bn2"))
     weights, norms = gather(tensors, stages)
     _reject_rest(tensors, stages, ("classifier.weight", "classifier.bias"))
-    return Network(weights, norms, *_classifier(tensors, "classifier"), facts=dict(_TORCH))
+    return Network(weights, norms, *_classifier(tensors, "classifier"), facts={**_TORCH, **pictures})
 
 
 def hugging_face(
@@ -51,7 +54,7 @@ def hugging_face(
     Args:
         tensors: of `model.safetensors` or `pytorch_model.bin`.
         config: `config.json`, for padding, epsilon, resolution and class names; None where there is none.
-        pictures: `preprocessor_config.json`, or empty.
+        pictures: what `preprocessing.of_hugging_face` found out.
 
     Raises:
         NotThisNetwork: tensors are missing or left over, or the configuration changes the network itself.
@@ -78,9 +81,7 @@ def hugging_face(
         ordered = [str(names.get(str(index), "LABEL_")) for index in range(len(names))]
         if ordered and not any(name.startswith("LABEL_") for name in ordered):
             facts["class_names"] = ordered[facts.get("class_offset", 0) :]
-    if pictures.get("image_mean") and pictures.get("image_std"):
-        facts["mean"] = [float(value) for value in pictures["image_mean"]]
-        facts["std"] = [float(value) for value in pictures["image_std"]]
+    facts.update(pictures)
     return Network(weights, norms, *_classifier(tensors, "classifier"), facts=facts)
 
 
