@@ -4,13 +4,14 @@ import json
 import pickle
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from mbv2 import weights
-from mbv2.convert import keras, mindspore, named, onnx, preprocessing, tensorflow, tflite
+from mbv2.convert import configuration, keras, mindspore, named, onnx, tensorflow, tflite
 from mbv2.convert.network import Malformed, Network, NotThisNetwork
 from mbv2.errors import UserError
 
@@ -57,9 +58,6 @@ def read_network(path: str | Path, format: str = "auto") -> tuple[Network, str]:
         raise UserError(f"{path}: not a MobileNetV2 that can be converted: {error}") from error
     except (OSError, MemoryError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError, RuntimeError, RecursionError) as error:
-        # The contents are anyone's: what the checks above have not foreseen is still the file's fault.
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {str(error).splitlines()[:1]})") from error
 
 
 def detect(path: Path) -> str:
@@ -134,12 +132,19 @@ def _read_named(path: Path, kind: str) -> Network:
     tensors, _ = _tensors(file)
     config = _json(folder / "config.json")
     if kind == "timm":
-        return named.timm(tensors, preprocessing.of_timm(config or {}))
+        return named.timm(tensors, _said(configuration.of_timm, config or {}))
     if config is not None and config.get("model_type", "mobilenet_v2") != "mobilenet_v2":
         raise NotThisNetwork(f"config.json says {str(config['model_type'])[:40]!r}")
-    return named.hugging_face(
-        tensors, config, preprocessing.of_hugging_face(_json(folder / "preprocessor_config.json") or {})
-    )
+    pictures = _json(folder / "preprocessor_config.json") or {}
+    return named.hugging_face(tensors, _said(configuration.of_hugging_face, config, pictures))
+
+
+def _said(read: Callable[..., dict[str, Any]], *configs: dict[str, Any] | None) -> dict[str, Any]:
+    """What `read` makes of JSON, in which anything may stand where a number or a list belongs."""
+    try:
+        return read(*configs)
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        raise Malformed(f"its JSON: {type(error).__name__}: {str(error)[:120]}") from error
 
 
 def _weights_in(folder: Path) -> Path:
@@ -183,7 +188,10 @@ def _json(path: Path) -> dict[str, Any] | None:
         return None
     if path.stat().st_size > _MAX_JSON:
         raise Malformed(f"{path.name} is {path.stat().st_size} bytes")
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"{path.name}: {str(error)[:120]}") from error
     if not isinstance(content, dict):
         raise Malformed(f"{path.name} is no mapping")
     return content

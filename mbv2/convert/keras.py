@@ -4,6 +4,7 @@ import io
 import json
 import re
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,12 +30,20 @@ def read_archive(path: Path) -> Network:
     Raises:
         Malformed, NotThisNetwork: see `read_h5`; also a zip that grows beyond 1 GiB.
     """
-    with zipfile.ZipFile(path) as archive:
-        info = archive.getinfo("model.weights.h5")
-        if info.file_size > _MAX_BYTES:
-            raise Malformed(f"model.weights.h5 grows to {info.file_size} bytes")
-        weights = archive.read(info)
-        config = archive.read("config.json") if "config.json" in archive.namelist() else b""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            sizes = {
+                name: archive.getinfo(name).file_size for name in ("model.weights.h5", "config.json") if name in names
+            }
+            if max(sizes.values(), default=0) > _MAX_BYTES or "model.weights.h5" not in sizes:
+                raise Malformed(f"model.weights.h5 is missing or too large ({sizes})")
+            weights, config = (
+                archive.read(name) if name in sizes else b"" for name in ("model.weights.h5", "config.json")
+            )
+    except (zlib.error, EOFError, RuntimeError, ValueError) as error:
+        # RuntimeError: encrypted, or packed in a way that zipfile does not know.
+        raise Malformed(f"zip: {str(error)[:120]}") from error
     return read_h5(io.BytesIO(weights), config)
 
 

@@ -1,4 +1,4 @@
-"""How timm's and Hugging Face's configurations say that pictures are given to the network, in our metadata's terms."""
+"""What timm's and Hugging Face's JSON files say of a network and its pictures, in our metadata's terms."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -32,12 +32,36 @@ def of_timm(config: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def of_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The same of a `preprocessor_config.json`: resize by the shorter edge, crop, rescale, normalise, each if done.
+def of_hugging_face(config: Mapping[str, Any] | None, pictures: Mapping[str, Any]) -> dict[str, Any]:
+    """Padding, epsilon, resolution, class names and how pictures are given to transformers' network.
+
+    Args:
+        config: `config.json`; None where there is none.
+        pictures: `preprocessor_config.json`, or empty.
 
     Raises:
-        NotThisNetwork: pictures are resized in a way that evaluation here does not know.
+        NotThisNetwork: the configuration changes the network itself, or pictures are resized in a way that evaluation
+            here does not know.
     """
+    facts: dict[str, Any] = {"preprocessing": "tf", "squeeze": False}
+    if config is not None:
+        for key, wanted in (("output_stride", 32), ("hidden_act", "relu6"), ("first_layer_is_expansion", True)):
+            if config.get(key, wanted) != wanted:
+                raise NotThisNetwork(f"config.json has {key} {config[key]!r}; only {wanted!r} is this network")
+        facts["padding"] = "same" if config.get("tf_padding", True) else "symmetric"
+        facts["bn_eps"] = float(config.get("layer_norm_eps", 1e-3))
+        facts["resolution"] = int(config.get("image_size", 224))
+        names = config.get("id2label") or {}
+        if str(names.get("0", "")).lower() == "background":
+            facts["class_offset"] = 1
+        ordered = [str(names.get(str(index), "LABEL_")) for index in range(len(names))]
+        if ordered and not any(name.startswith("LABEL_") for name in ordered):
+            facts["class_names"] = ordered[facts.get("class_offset", 0) :]
+    return facts | _pictures(pictures)
+
+
+def _pictures(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Resize by the shorter edge, crop, rescale, normalise, each if done."""
     facts: dict[str, Any] = {}
     if config.get("image_mean") and config.get("image_std"):
         # On values 0..255 times the factor; ours are on values 0..1.
