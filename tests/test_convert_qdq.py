@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_export import trained
 from torch import Tensor, nn
 
 from mbv2 import weights
 from mbv2.convert import convert
 from mbv2.convert.command import Said
+from mbv2.errors import UserError
 from mbv2.export.plain import PaddedConv, PlainBlock, PlainNetwork
 
 onnx = pytest.importorskip("onnx")
@@ -143,3 +145,36 @@ def kernels(model: nn.Module) -> list[Tensor]:
         conv.weight * (norm.weight / (norm.running_var + norm.eps).sqrt()).view(-1, 1, 1, 1)
         for conv, norm in zip(convs, norms, strict=True)
     ]
+
+
+@pytest.mark.parametrize("padding", ["symmetric", "same"])
+@torch.no_grad()
+def test_calibration_gives_the_statistics_of_the_pictures_and_keeps_the_logits(tmp_path: Path, padding: str) -> None:
+    source, folder = written(tmp_path, padding), tmp_path / "pictures"
+    folder.mkdir()
+    generator = np.random.default_rng(3)
+    for number in range(6):
+        Image.fromarray(generator.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    said = Said(preprocessing="tf")
+    notes = convert(source, tmp_path / "folded.safetensors", said=said)
+    assert "--calibrate" in notes[-1]
+    notes = convert(source, tmp_path / "w.safetensors", said=said, pictures=str(folder))
+    assert "measured on 6 pictures" in notes[-1]
+    before, after = (weights.model_from_weights(tmp_path / name)[0] for name in ("folded.safetensors", "w.safetensors"))
+    x = torch.stack([torch.from_numpy(np.array(Image.open(folder / f"{n}.png"))) for n in range(6)])
+    x = x.permute(0, 3, 1, 2).contiguous() / 127.5 - 1
+    expected = before.eval()(x)
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(after.eval()(x), expected, rtol=1e-3, atol=1e-3 * scale)
+    # In training BatchNorm normalises by the batch's own statistics: those that were measured.
+    after.classifier[0].p = before.classifier[0].p = 0.0
+    torch.testing.assert_close(after.train()(x), expected, rtol=1e-2, atol=1e-2 * scale)
+    assert (before.train()(x) - expected).abs().max() > 0.1 * scale
+
+
+def test_calibration_without_a_picture_that_can_be_read_is_refused(tmp_path: Path) -> None:
+    source = written(tmp_path, "symmetric")
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="--calibrate.*decoded"):
+        convert(source, tmp_path / "w.safetensors", said=Said(preprocessing="tf"), pictures=str(tmp_path / "p"))
