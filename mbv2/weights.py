@@ -22,7 +22,7 @@ class Weights:
     """A state_dict in torchvision's names, and what is known of it.
 
     `meta` may hold alpha, resolution, num_classes, class_offset, class_names, class_synsets; padding and bn_eps (see
-    `MobileNetV2`); mean, std and squeeze (see `Recipe`).
+    `MobileNetV2`); mean, std, squeeze, crop_pct and interpolation (see `Recipe` and `eval_options`).
     """
 
     state_dict: dict[str, Tensor]
