@@ -23,8 +23,8 @@ pytest.importorskip("mbv2._C", reason="the planner is not compiled here")
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not installed")
 
 MOST_RATIO = 1.3
-# In float32 plain torch sums in another order on every machine, and errors are of the last bit.
-FLOOR = {torch.float16: 0.0, torch.bfloat16: 0.0, torch.float32: 1e-7}
+# In float32 errors are of the last bits and go by the order of the sums; the floor is that of stage_check's policy.
+FLOOR = {torch.float16: 0.0, torch.bfloat16: 0.0, torch.float32: 1e-6}
 
 
 class Case(NamedTuple):
