@@ -166,7 +166,7 @@ def test_the_training_operator_passes_opcheck_on_this_backend() -> None:
     w1, wd, w3 = (block.conv[0][0].weight, block.conv[1][0].weight, block.conv[2].weight)
     with kernels.backend("cpu"):
         torch.library.opcheck(
-            library.inverted_residual_train,
+            library.inverted_residual_train.overload,
             (x, w1, *norm, wd, *norm, w3, *last, 1, True, ""),
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
         )
