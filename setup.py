@@ -37,6 +37,7 @@ _ISA_FLAGS = {
         *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx512vnni"),
         *("-mavx2", "-mfma", "-Wno-uninitialized"),
     ],
+    "avx512bf16": ["-mavx512f", "-mavx512dq", "-mavx512bf16", "-mavx2", "-mfma", "-Wno-uninitialized"],
     "avx2": ["-mavx2", "-mfma"],
 }
 _NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]

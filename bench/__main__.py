@@ -14,8 +14,13 @@ BENCHES = {
     "kernels": ("bench.kernels", "every operator, forward and backward, by each backend"),
     "model": ("bench.model", "inference of whole networks against torchvision, torch.compile and other runtimes"),
     "train": ("bench.train", "a training step against torchvision"),
+    "cpu": ("bench.cpu", "inference on a CPU against other runtimes, by variant, batch and threads"),
+    "cpu_parts": ("bench.cpu_parts", "our network on a CPU part by part: share of the peak, GFLOP/s, GB/s"),
+    "cpu_scaling": ("bench.cpu_scaling", "what a picture costs on a CPU as batches and pictures grow; odd shapes"),
+    "cpu_training": ("bench.cpu_training", "training steps on a CPU, with the saved memory, against torchvision's"),
     "loader": ("bench.loader", "our loaders against torchvision's ImageFolder, on JPEG files"),
     "memory": ("bench.memory", "what training saves for the backward pass, and the peak of a step"),
+    "cold": ("bench.cold_start", "a fresh process until its first logits, beyond importing torch"),
     "roofline": ("bench.roofline", "every GPU kernel against the roofline"),
     "accuracy": ("bench.accuracy", "published and measured top-1 of the 22 variants, and accuracy against latency"),
 }
@@ -78,7 +83,7 @@ def show(argv: Sequence[str]) -> int:
 def usage() -> str:
     """What there is."""
     lines = ["usage: python -m bench BENCH [options]", ""]
-    lines += [f"  {name:<9} {about}" for name, (_, about) in BENCHES.items()]
+    lines += [f"  {name:<12} {about}" for name, (_, about) in BENCHES.items()]
     lines += [
         "",
         "  plot FILE.json ...               draw a result's pictures again",

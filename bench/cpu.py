@@ -1,44 +1,50 @@
-"""Inference on a CPU against what else runs MobileNetV2 there: tables, JSON and a picture.
-
-python -m bench.cpu --out results/cpu            # everything, about 12 minutes
-python -m bench.cpu --quick                      # 1.0_224 alone, about 2 minutes
+"""`python -m bench cpu`: inference on a CPU against what else runs MobileNetV2 there, by variant, batch and threads.
 
 Every runner gets the same weights and its logits are compared with the model's in float64 before anything is timed.
-Timings are interleaved: each round times every runner once, so that all see the same disturbances; minimum, median
-and the 90th percentile of the rounds are printed, and the share of the multiply-add peak measured between the rounds.
-The time that the process was on a core is given beside it: on a busy machine, and with one thread, it is the one to
-compare. Peers that are not installed are left out (`pip install 'mbv2[bench]'`). The second table has our parts of the
-network one by one, the third the ratios over ours.
+Rounds are interleaved: each times every runner once, so that all see the same disturbances. `over ours` is the median
+of the rounds' ratios to mbv2, of time on the core with one thread and of the clock with more, as threads that wait for
+each other count as busy. `looped` is a batch's worth of the runner's own batch 1, over our batch. With several
+threads the time that a cache line takes from core to core is measured beside them. torch.compile, which compiles for
+minutes, is there at 1.0_224 only. Peers that are not installed are left out (`pip install 'mbv2[bench]'`).
 """
 
-import argparse
-import json
-import os
-import platform
-import statistics
 import sys
 import tempfile
-import time
-from datetime import datetime, timezone
-from importlib import metadata
-from pathlib import Path
-from typing import Any
+import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-import mbv2
+from bench import report, schema, timing
 from bench.cpu_peers import RUNNERS, Case, Runner, make_models
+from bench.kernels import variant
+from bench.schema import Row
+from bench.tables import Column
+from mbv2.errors import UserError
 from mbv2.kernels import cpu_network
-from mbv2.kernels.cpu_network import BlockShape
-from mbv2.optimized import block_shapes
+from mbv2.progress import Progress
 
-QUICK = [Case(1.0, 224, batch, 1) for batch in (1, 32)]
-CASES = [
-    *(Case(1.0, 224, batch, threads) for threads in (1, 2) for batch in (1, 32)),
-    *(Case(width, size, 1, 1) for width, size in ((1.4, 224), (0.5, 160), (0.35, 96))),
-]
-PACKAGES = ("torch", "torchvision", "ai-edge-litert", "openvino", "onnxruntime")
+CPU = torch.device("cpu")
+OURS, COMPILED, COMPILED_AT = "mbv2", "torch.compile", "1.0_224"
+COLUMNS = (
+    Column("model", "model"),
+    Column("batch", "batch"),
+    Column("threads", "threads"),
+    Column("runner", "runner"),
+    Column("rounds", "rounds"),
+    Column("min_ms", "least ms", ".3f"),
+    Column("median_ms", "median", ".3f"),
+    Column("cpu_min_ms", "least CPU ms", ".3f"),
+    Column("cpu_median_ms", "median", ".3f"),
+    Column("peak_percent", "% of peak", ".0f"),
+    Column("over_ours", "over ours", ".2f"),
+    Column("over_ours_low", "p25", ".2f"),
+    Column("over_ours_high", "p75", ".2f"),
+    Column("least_over_ours", "least over ours", ".2f"),
+    Column("looped_over_ours", "looped", ".2f"),
+    Column("handover_ns", "core to core ns", ".0f"),
+)
 
 
 def multiply_adds(width: float, resolution: int) -> int:
@@ -73,218 +79,116 @@ def prepare(case: Case, wanted: list[str], folder: str) -> tuple[dict[str, Runne
     return runners, x, left_out
 
 
-def measure(case: Case, wanted: list[str], seconds: float, folder: str) -> dict[str, Any]:
+def measure(model: str, case: Case, wanted: list[str], seconds: float, folder: str) -> tuple[list[Row], dict[str, str]]:
+    """A row for each runner with right logits, and why the others are left out."""
     torch.set_num_threads(case.threads)
-    runners, x, left_out = prepare(case, wanted, folder)
-    times: dict[str, list[float]] = {name: [] for name in runners}
-    busy: dict[str, list[float]] = {name: [] for name in runners}
-    peaks = []
-    for runner in runners.values():
-        runner(x)
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(peaks) < 5:
-        for name, runner in runners.items():
-            start, start_busy = time.perf_counter(), time.process_time()
-            runner(x)
-            times[name].append(time.perf_counter() - start)
-            busy[name].append(time.process_time() - start_busy)
-        peaks.append(torch.ops.mbv2.cpu_fma_rate(cpu_network.isa()))
-    peak = max(peaks) * case.threads
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the peers' converters
+        runners, x, left_out = prepare(case, wanted, folder)
+    runs = {name: lambda runner=runner: runner(x) for name, runner in runners.items()}
+    handover = 1e9 * torch.ops.mbv2.cpu_handover() if case.threads > 1 else None
+    peaks = [torch.ops.mbv2.cpu_fma_rate(cpu_network.isa())]
+    times = timing.interleaved(runs, seconds, CPU, least_rounds=3)
+    peaks.append(torch.ops.mbv2.cpu_fma_rate(cpu_network.isa()))
     work = 2 * case.batch * multiply_adds(case.width, case.resolution)
-    rows = {}
+    baseline = next((name for name in times if name.startswith("eager")), next(iter(times)))
+    rows = []
     for name, taken in times.items():
-        ordered, own = sorted(taken), busy.get("mbv2", busy[name])
-        rows[name] = {
-            "min_ms": 1e3 * ordered[0],
-            "median_ms": 1e3 * statistics.median(ordered),
-            "p90_ms": 1e3 * ordered[int(0.9 * (len(ordered) - 1))],
-            "percent_of_peak": 100 * work / ordered[0] / peak,
-            "over_ours": ordered[0] / min(times.get("mbv2", ordered)),
-            "cpu_min_ms": 1e3 * min(busy[name]),
-            "cpu_median_ms": 1e3 * statistics.median(busy[name]),
-            "cpu_over_ours": min(busy[name]) / min(own),
-            "cpu_median_over_ours": statistics.median(busy[name]) / statistics.median(own),
-        }
-    result = {
-        "case": case._asdict(),
-        "name": case.name,
-        "rounds": len(peaks),
-        "peak_gflops": peak / 1e9,
-        "load": os.getloadavg()[0],
-        "isa": cpu_network.isa(),
-        "rows": rows,
-        "left_out": left_out,
-    }
-    if case.threads > 1:
-        result["handover_ns"] = 1e9 * torch.ops.mbv2.cpu_handover()
-    return result
-
-
-def part_work(blocks: list[BlockShape], last_channels: int, classes: int, resolution: int) -> list[dict[str, Any]]:
-    """Floating-point operations and least traffic in bytes (weights, input, output) of each part for one picture."""
-    size = (resolution + 1) // 2
-    parts = []
-    for index, block in enumerate(blocks):
-        out = (size - 1) // block.stride + 1
-        taps = 27 if index == 0 else block.inputs
-        weights = taps * block.hidden + 9 * block.hidden + block.hidden * block.outputs
-        work = taps * block.hidden * size**2 + (9 + block.outputs) * block.hidden * out**2
-        entering = 3 * resolution**2 if index == 0 else block.inputs * size**2
-        moved = weights + entering + block.outputs * out**2
-        name = f"block {index + 1}" + (" with the stem" if index == 0 else "")
-        parts.append({"name": name, "flop": 2 * work, "weight_bytes": 4 * weights, "bytes": 4 * moved})
-        size = out
-    outputs = blocks[-1].outputs
-    for name, inputs, channels, pixels in (
-        ("head", outputs, last_channels, size**2),
-        ("classifier", last_channels, classes, 1),
-    ):
-        weights = inputs * channels
-        moved = weights + inputs * pixels + channels
-        parts.append({"name": name, "flop": 2 * weights * pixels, "weight_bytes": 4 * weights, "bytes": 4 * moved})
-    return parts
-
-
-def measure_parts(width: float, resolution: int, batch: int, seconds: float) -> dict[str, Any]:
-    """Our network part by part inside whole runs, one thread; of every part its fastest run."""
-    model = make_models(width)[0]
-    blocks = block_shapes(model)
-    fast = mbv2.optimize_for_inference(model)
-    x = torch.randn(batch, 3, resolution, resolution)
-    runs, peaks = [], []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(runs) < 5:
-        runs.append(torch.ops.mbv2.cpu_network_times(x, fast._packed, fast._plan, fast.isa))
-        peaks.append(torch.ops.mbv2.cpu_fma_rate(fast.isa))
-    best, peak = torch.stack(runs).min(dim=0).values.tolist(), max(peaks)
-    parts = part_work(blocks, model.last_channel, model.num_classes, resolution)
-    for part, taken in zip(parts, best, strict=True):
-        work = part["flop"] * batch
-        moved = part["weight_bytes"] + batch * (part["bytes"] - part["weight_bytes"])
-        part |= {"ms": 1e3 * taken, "gflops": work / taken / 1e9, "gb_per_s": moved / taken / 1e9}
-        part["percent_of_peak"] = 100 * work / taken / peak
-    return {
-        "name": f"{width}_{resolution} batch {batch}, 1 thread, part by part",
-        "peak_gflops": peak / 1e9,
-        "isa": fast.isa,
-        "parts": parts,
-    }
-
-
-def show(result: dict[str, Any]) -> None:
-    handover = f", a cache line goes over in {result['handover_ns']:.0f} ns" if "handover_ns" in result else ""
-    print(
-        f"\n{result['name']}: {result['rounds']} rounds, {result['isa']}, FMA peak {result['peak_gflops']:.0f} "
-        f"GFLOP/s, load {result['load']:.1f}{handover}"
-    )
-    columns = ("min_ms", "median_ms", "p90_ms", "percent_of_peak", "over_ours", "cpu_min_ms", "cpu_median_ms")
-    columns += ("cpu_over_ours", "cpu_median_over_ours")
-    heads = ("min ms", "median", "p90", "% peak", "/ours", "CPU ms", "median", "/ours", "median/ours")
-    print(f"{'':<20}" + "".join(f" {head:>11}" for head in heads))
-    for name, row in result["rows"].items():
-        print(f"{name:<20}" + "".join(f" {row[column]:11.3f}" for column in columns))
-    for name, why in result["left_out"].items():
-        print(f"{name:<20} left out: {why.splitlines()[0][:90]}")
-    sys.stdout.flush()
-
-
-def show_parts(result: dict[str, Any]) -> None:
-    print(f"\n{result['name']}: {result['isa']}, FMA peak {result['peak_gflops']:.0f} GFLOP/s")
-    print(f"{'':<22} {'ms':>9} {'GFLOP/s':>9} {'% peak':>9} {'GB/s':>9}")
-    for part in result["parts"]:
-        figures = (part["ms"], part["gflops"], part["percent_of_peak"], part["gb_per_s"])
-        print(f"{part['name']:<22}" + "".join(f" {figure:9.3f}" for figure in figures))
-    sys.stdout.flush()
-
-
-def summarise(results: list[dict[str, Any]]) -> None:
-    """The peers over ours in time on the core, and batch 32 against the best peer looped over batch 1."""
-    print("\nTime on the core over ours (fastest round; median in brackets)")
-    for result in results:
-        peers = {name: row for name, row in result["rows"].items() if name != "mbv2"}
-        figures = (
-            f"{name} {row['cpu_over_ours']:.2f} ({row['cpu_median_over_ours']:.2f})" for name, row in peers.items()
+        figures = timing.summary(taken, times[baseline], CPU)
+        where = {"model": model, "batch": case.batch, "threads": case.threads, "runner": name, "baseline": baseline}
+        rows.append(
+            {
+                **where,
+                "rounds": len(taken.wall),
+                **figures,
+                "cpu_min_ms": 1e3 * min(taken.cpu),
+                "images_per_s": 1e3 * case.batch / figures["median_ms"],
+                "peak_percent": 100 * work / min(compared(taken, case.threads)) / max(peaks) / case.threads,
+                **(over(taken, times[OURS], case.threads) if OURS in times else {}),
+                "handover_ns": handover,
+            }
         )
-        print(f"{result['name']}: " + ", ".join(figures))
-    single = {
-        result["case"]["batch"]: result
-        for result in results
-        if result["case"] == {**results[0]["case"], "batch": result["case"]["batch"]}
-    }
-    if {1, 32} <= single.keys() and "mbv2" in single[32]["rows"]:
-        best = min((row["cpu_min_ms"], name) for name, row in single[1]["rows"].items() if name != "mbv2")
-        ratio = 32 * best[0] / single[32]["rows"]["mbv2"]["cpu_min_ms"]
-        print(f"{single[32]['name']} against {best[1]} looped over batch 1: {ratio:.2f}")
+    return rows, left_out
 
 
-def draw(results: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(len(results), 1, figsize=(8, 2.4 * len(results)), squeeze=False)
-    for axis, result in zip(axes[:, 0], results, strict=True):
-        names = list(result["rows"])[::-1]
-        axis.barh(names, [result["rows"][name]["cpu_min_ms"] for name in names])
-        axis.set_title(f"{result['name']} (time on the core, fastest round, ms)")
-    figure.tight_layout()
-    figure.savefig(path)
+def compared(taken: timing.Times, threads: int) -> list[float]:
+    """The seconds that runners are compared by: on the core, or of the clock where threads wait for each other."""
+    return taken.cpu if threads == 1 else taken.wall
 
 
-def environment() -> dict[str, Any]:
-    """Machine, versions and date of a run."""
-    from mbv2 import doctor
+def over(taken: timing.Times, ours: timing.Times, threads: int) -> dict[str, float]:
+    """How many times longer than ours, by the rounds' ratios (median and quartiles) and by the fastest rounds."""
+    theirs, mine = compared(taken, threads), compared(ours, threads)
+    low, middle, high = timing.quartiles([a / b for a, b in zip(theirs, mine, strict=True)])
+    least = min(theirs) / min(mine)
+    return {"over_ours": middle, "over_ours_low": low, "over_ours_high": high, "least_over_ours": least}
 
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
+
+def add_looped(rows: list[Row]) -> None:
+    """`looped_over_ours`: what a batch costs a runner one picture at a time, over our time for the batch (medians)."""
+    key = "cpu_median_ms", "median_ms"
+    found = {(row["model"], row["threads"], row["batch"], row["runner"]): row for row in rows}
+    for (model, threads, batch, runner), row in found.items():
+        single, ours = found.get((model, threads, 1, runner)), found.get((model, threads, batch, OURS))
+        if batch > 1 and single and ours:
+            which = key[threads > 1]
+            row["looped_over_ours"] = batch * single[which] / ours[which]
+
+
+def best(rows: Sequence[Row], figure: str) -> tuple[float, str]:
+    """The least of the peers' `figure` and whose it is."""
+    return min((row[figure], row["runner"]) for row in rows if row["runner"] != OURS and row.get(figure) is not None)
+
+
+def summary(rows: list[Row]) -> list[str]:
+    """One line a case: the best peer over ours, also looped over batch 1, and two threads against one."""
+    lines = []
+    cases = dict.fromkeys((row["model"], row["batch"], row["threads"]) for row in rows)
+    ours = {(r["model"], r["batch"], r["threads"]): r["median_ms"] for r in rows if r["runner"] == OURS}
+    for case in cases:
+        own = [row for row in rows if (row["model"], row["batch"], row["threads"]) == case]
+        if case not in ours or len(own) < 2:
             continue
-    # The doctor tries a training step as well.
-    with torch.enable_grad():
-        cpu = doctor.examine()["cpu"]
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
-        "cpu": cpu,
-        "platform": platform.platform(),
-        "versions": versions,
-    }
+        model, batch, threads = case
+        line = "{} batch {}, {} thread(s): best peer {:.2f} ({})".format(model, batch, threads, *best(own, "over_ours"))
+        if any("looped_over_ours" in row for row in own):
+            line += "; looped over batch 1 {:.2f} ({})".format(*best(own, "looped_over_ours"))
+        if threads > 1 and (model, batch, 1) in ours:
+            line += f"; {ours[model, batch, 1] / ours[case]:.2f} x one thread by the clock"
+        lines.append(line)
+    return lines
 
 
 @torch.no_grad()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="1.0_224 at batch 1 and 32, one thread, about 2 minutes")
-    parser.add_argument("--models", nargs="+", help="width_resolution, instead of the usual cases")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32], help="with --models")
-    parser.add_argument("--threads", nargs="+", type=int, default=[1], help="with --models")
+def main(argv: Sequence[str]) -> int:
+    """See the module's text."""
+    parser = report.parser("cpu", __doc__.split("\n")[0], seconds=6.0)
+    models = ["1.0_224", "1.4_224", "0.5_160", "0.35_96"]
+    parser.add_argument("--models", nargs="+", default=models, help="width_resolution")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--runners", nargs="+", default=list(RUNNERS), choices=list(RUNNERS))
-    parser.add_argument("--seconds", type=float, help="for each case (default: 60; 20 with --quick)")
-    parser.add_argument("--out", type=Path, help="file name without suffix for .json and .png")
-    options = parser.parse_args()
-    seconds = options.seconds or (20 if options.quick else 60)
-    cases = QUICK if options.quick else CASES
-    if options.models:
-        sizes = [model.split("_") for model in options.models]
-        pairs = [(batch, threads) for threads in options.threads for batch in options.batches]
-        cases = [Case(float(width), int(size), *pair) for width, size in sizes for pair in pairs]
-    results, parts = [], []
-    for case in cases:
-        with tempfile.TemporaryDirectory() as folder:
-            results.append(measure(case, options.runners, seconds, folder))
-        show(results[-1])
-    for width, size, batch in dict.fromkeys((case.width, case.resolution, case.batch) for case in cases[:2]):
-        parts.append(measure_parts(width, size, batch, seconds / 4))
-        show_parts(parts[-1])
-    summarise(results)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        content = {"environment": environment(), "results": results, "parts": parts}
-        options.out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-        draw(results, options.out.with_suffix(".png"))
+    options = parser.parse_args(argv)
+    if cpu_network.refusal() is not None:
+        raise UserError(cpu_network.refusal())
+    settings = {"device": "cpu", "dtype": "float32", "isa": cpu_network.isa(), "seconds": options.seconds}
+    settings["peak_gflops_a_core"] = torch.ops.mbv2.cpu_fma_rate(cpu_network.isa()) / 1e9
+    result = schema.new("cpu", argv, settings)
+    cases = [(m, batch, threads) for m in options.models for batch in options.batches for threads in options.threads]
+    with Progress(len(cases), "cpu", "cases") as progress:
+        for model, batch, threads in cases:
+            wanted = [name for name in options.runners if name != COMPILED or model == COMPILED_AT]
+            with tempfile.TemporaryDirectory() as folder:
+                case = Case(*variant(model), batch, threads)
+                rows, left_out = measure(model, case, wanted, options.seconds, folder)
+            result.rows.extend(rows)
+            result.left_out.update({f"{name}, {case.name}": why for name, why in left_out.items()})
+            progress.advance()
+    add_looped(result.rows)
+    code = report.finish(result, COLUMNS, options.out)
+    print("\n".join(summary(result.rows)))
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main(sys.argv[1:]))

@@ -85,15 +85,20 @@ def onnx_runtime(models: tuple[nn.Module, nn.Module], case: Case, x: Tensor, fol
 
 
 def openvino(models: tuple[nn.Module, nn.Module], case: Case, x: Tensor, folder: str) -> Runner:
+    return openvino_runner(models[1], case, x, "f32")
+
+
+def openvino_runner(model: nn.Module, case: Case, x: Tensor, precision: str) -> Runner:
+    """OpenVINO on `model`, computing in `precision` as it names it: f32 or bf16."""
     import openvino
 
-    model = openvino.convert_model(models[1], example_input=x, input=[tuple(x.shape)])
+    converted = openvino.convert_model(model, example_input=x, input=[tuple(x.shape)])
     config = {
         "INFERENCE_NUM_THREADS": case.threads,
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": precision,
         "PERFORMANCE_HINT": "LATENCY",
     }
-    request = openvino.Core().compile_model(model, "CPU", config).create_infer_request()
+    request = openvino.Core().compile_model(converted, "CPU", config).create_infer_request()
     pictures = openvino.Tensor(x.numpy(), shared_memory=True)
 
     def run(_: Tensor) -> Any:

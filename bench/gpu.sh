@@ -1,20 +1,29 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can tell, in one command: builds, tests on the GPU, times kernels and the whole model, tunes.
 #
-#   bash bench/gpu.sh [--out FOLDER] [--batch N] [--dry-run]
+#   bash bench/gpu.sh [--out FOLDER] [--batch N] [--dtypes "float16 bfloat16 float32"] [--steps LIST] [--dry-run]
 #
+# --steps: some of build,gputests,tests,kernels,model,predictions,tiles (all of them, in this order, where it is not given).
 # --dry-run goes through the same steps on the CPU with tiny pictures; no time it writes means anything.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-out=gpu-results batch=256 dry=()
+all=build,gputests,tests,kernels,model,predictions,tiles
+out=gpu-results batch=256 dtypes="float16 bfloat16 float32" steps=$all dry=()
+usage() { echo "bench/gpu.sh: $1" >&2; exit 2; }
 while [ $# -gt 0 ]; do
     case $1 in
+        --out | --batch | --dtypes | --steps) [ $# -ge 2 ] || usage "$1 needs a value" ;;&
         --out) out=$2; shift 2 ;;
         --batch) batch=$2; shift 2 ;;
+        --dtypes) dtypes=$2; shift 2 ;;
+        --steps) steps=$2; shift 2 ;;
         --dry-run) dry=(--dry-run); shift ;;
-        *) echo "bench/gpu.sh: unknown option $1; there are --out FOLDER, --batch N and --dry-run" >&2; exit 2 ;;
+        *) usage "unknown option $1; there are --out FOLDER, --batch N, --dtypes LIST, --steps LIST and --dry-run" ;;
     esac
+done
+for name in ${steps//,/ }; do
+    [[ ,$all, == *,$name,* ]] || usage "unknown step $name; there are ${all//,/, }"
 done
 python=${PYTHON:-.venv/bin/python}
 [ -x "$(command -v "$python")" ] || python=python3
@@ -24,25 +33,40 @@ if [ ${#dry[@]} -eq 0 ] && ! "$python" -W ignore -c 'import sys, torch; sys.exit
     exit 2
 fi
 mkdir -p "$out"
-step() { printf '\n== %s\n' "$1"; }
+failed=()
+# What fails is named at the end and does not take the steps after it along.
+step() {
+    local name=$1
+    shift
+    [[ ,$steps, == *,$name,* ]] || return 0
+    printf '\n== %s\n' "$name"
+    "$@" || failed+=("$name")
+}
 
-if [ ${#dry[@]} -eq 0 ]; then
-    step "build"
+build() {
     rm -f mbv2/_C*.so mbv2/_cuda*.so
     MBV2_BUILD=1 "$python" -W ignore setup.py -q build_ext --inplace --force
-    step "tests"
-    # What fails is in the log; the timings below check results of their own.
-    "$python" -m pytest -q --device cuda tests 2>&1 | tee "$out/tests.log" || echo "tests failed, see $out/tests.log"
-fi
-step "kernels"
-"$python" -m bench.gpu_kernels --out "$out" --batch "$batch" ${dry[@]+"${dry[@]}"}
-step "model"
-"$python" -m bench.gpu_model --out "$out" --batch "$batch" ${dry[@]+"${dry[@]}"}
-step "predictions"
-"$python" -m bench.roofline --out "$out" --batch "$batch" >"$out/roofline.txt"
+}
+# All tests that launch on the GPU, the slow ones too; then all others.
+tests() { "$python" -m pytest -q --device cuda -m "$1" tests 2>&1 | tee "$out/$2"; }
+predictions() { "$python" -m bench.roofline --out "$out" --batch 1 8 64 "$batch" >"$out/roofline.txt"; }
+
 if [ ${#dry[@]} -eq 0 ]; then
-    step "tiles"
-    "$python" -m bench.tune "$out/tiles"
+    step build build
+    step gputests tests gpu gputests.log
+    step tests tests "not gpu" tests.log
 fi
-step "written to $out"
+# shellcheck disable=SC2086
+step kernels "$python" -m bench.gpu_kernels --out "$out" --batch "$batch" --dtype $dtypes ${dry[@]+"${dry[@]}"}
+# shellcheck disable=SC2086
+step model "$python" -m bench.gpu_model --out "$out" --batch "$batch" --dtype $dtypes ${dry[@]+"${dry[@]}"}
+step predictions predictions
+if [ ${#dry[@]} -eq 0 ]; then
+    step tiles "$python" -m bench.tune "$out/tiles"
+fi
+printf '\n== written to %s\n' "$out"
 ls "$out"
+if [ ${#failed[@]} -gt 0 ]; then
+    echo "bench/gpu.sh: failed: ${failed[*]}" >&2
+    exit 1
+fi

@@ -1,16 +1,19 @@
 """Every stage of training and inference, timed on a GPU, kernel by kernel, after its result was checked.
 
-    python -m bench.gpu_kernels --out folder [--batch 256] [--dry-run]
+    python -m bench.gpu_kernels --out folder [--batch 256] [--dtype float16 bfloat16 float32] [--dry-run]
 
 Writes kernels.json, kernels.md and kernels.png (GB/s reached, each tensor counted once, against the DRAM of that kind).
-A stage whose result differs from plain torch's in float32 is listed as wrong and not timed. --dry-run: on the CPU, tiny
-pictures, one call a stage, plain torch in the kernels' place.
+Backends are the kernels in CUDA C++ (depthwise stages, the whole block for inference), Triton's (inference of a block
+in two launches) and plain torch, whose blocks for inference are one operator after the other. A stage whose result
+differs from plain torch's in float32 on at most 32 pictures is listed as wrong and not timed. torch computes float32
+without tf32, as the kernels do. --dry-run: tiny pictures, one call a stage, bfloat16, the kernels' PTX run by the CPU.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import gpu_timing, workload
+from bench import gpu_rehearsal, gpu_timing, workload
 from bench.occupancy import ARCHITECTURES
 from mbv2.errors import UserError
 from mbv2.files import write_atomic
@@ -28,6 +31,9 @@ from mbv2.progress import Progress
 
 # Relative Frobenius error against plain torch in float32: several roundings, and masks that differ in single elements.
 MOST_ERROR = {torch.float16: 0.03, torch.bfloat16: 0.1}
+# Pictures of the check: float32 copies of the widest tensors of more would not fit beside plain torch's.
+CHECKED = 32
+DTYPES = ("float16", "bfloat16", "float32")
 Stages = dict[str, Callable[[str], Callable[..., Any] | None]]
 
 
@@ -48,54 +54,85 @@ def filled(args: Sequence[Any], device: torch.device) -> list[Any]:
 
 
 def measure(
-    calls: Sequence[workload.Call], backends: Stages, device: torch.device, runs: int
+    calls: Sequence[tuple[workload.Call, workload.Call]], backends: Stages, device: torch.device, runs: int
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """A row for every call and backend, and what was left out with the reason."""
+    """A row for every call and backend, and what was left out with the reason.
+
+    Args:
+        calls: what is timed, each with the same call on the pictures that its result is checked on.
+        backends: who runs them.
+        device: where.
+        runs: of which the median counts.
+    """
     rows, left_out = [], {}
     with Progress(len(calls), "kernels", "stages") as progress:
-        for call in calls:
-            args = filled(call.args, device)
-            expected = getattr(aten, call.stage)(*[a.float() if _half(a) else a for a in args])
+        for call, small in calls:
+            given = filled(small.args, device)
+            expected = getattr(aten, call.stage)(*[a.float() if _half(a) else a for a in given])
+            args = None
             for backend, stage_of in backends.items():
                 stage = stage_of(call.stage)
                 if stage is None:
                     continue
-                label = f"{backend}: {call}"
+                label = f"{backend}: {_dtype_of(call)} {call}"
                 try:
-                    result = stage(*args)
-                    size = _bytes([*args, *_tensors(result)])
-                    error = _difference(result, expected)
-                    del result
-                    if not error <= MOST_ERROR.get(args[0].dtype, 1e-3):
+                    error = _difference(stage(*given), expected)
+                    if not error <= MOST_ERROR.get(given[0].dtype, 1e-3):
                         left_out[label] = f"wrong: error {error:.2e} against plain torch in float32"
                         continue
+                    args = filled(call.args, device) if args is None else args
+                    size = _bytes([*args, *_tensors(stage(*args))])
                     times = gpu_timing.seconds(partial(stage, *args), device, runs)
                 except (RuntimeError, ValueError) as failure:
-                    left_out[label] = f"failed: {str(failure).splitlines()[0]}"
+                    left_out[label] = f"failed: {(str(failure).splitlines() or [type(failure).__name__])[0]}"
                     continue
                 rate = size / times["median_s"] / 1e9
-                rows.append(
-                    {"stage": str(call), "backend": backend, "bytes": size, "gb_per_s": rate, "error": error, **times}
-                )
+                row = {"stage": str(call), "backend": backend, "dtype": _dtype_of(call), "bytes": size}
+                rows.append(row | {"gb_per_s": rate, "error": error, **times})
             progress.advance()
     return rows, left_out
 
 
 def backends(dry_run: bool) -> tuple[Stages, dict[str, str]]:
     """Who runs a stage, by name, and who is not here, with the reason."""
-    if dry_run:
-        return {"aten": lambda stage: getattr(aten, stage)}, {"triton": "dry run", "cuda": "dry run"}
     from mbv2.kernels.triton import stages as triton_stages
 
     found: Stages = {"triton": lambda stage: getattr(triton_stages, stage), "aten": lambda stage: getattr(aten, stage)}
     try:
-        from mbv2 import _cuda  # noqa: F401
+        # A rehearsal runs the sources' PTX, for which the compiled module is not needed.
+        reason = gpu_rehearsal.missing() if dry_run else _launchers_missing()
     except ImportError as error:
-        return found, {"cuda": f"mbv2._cuda cannot be imported: {error}"}
+        reason = str(error)
+    if reason is not None:
+        return found, {"cuda": reason}
     from mbv2.kernels.cuda import depthwise
 
-    own = {"depthwise": depthwise.depthwise, "depthwise_backward": depthwise.depthwise_backward}
+    own = {
+        "depthwise": depthwise.depthwise,
+        "depthwise_backward": depthwise.depthwise_backward,
+        "inverted_residual_folded": _fused,
+    }
     return {"cuda": own.get, **found}, {}
+
+
+def _launchers_missing() -> str | None:
+    from mbv2.kernels.cuda import support
+
+    return support.missing()
+
+
+def _fused(x: Tensor, w1: Any, b1: Any, wd: Tensor, bd: Tensor, w3: Tensor, b3: Tensor, *rest: Any) -> Tensor:
+    """The fused block, and nothing in its place.
+
+    Raises:
+        ValueError: the planner has no plan for it.
+    """
+    from mbv2.kernels.cuda import fused
+
+    plan = fused.plan_for(fused.shape_of(x, w1, wd, w3, *rest), fused.gpu_of(x.device))
+    if isinstance(plan, str):
+        raise ValueError(plan)
+    return fused.inverted_residual_folded(x, w1, b1, wd, bd, w3, b3, *rest)
 
 
 def as_markdown(document: dict[str, Any]) -> str:
@@ -104,12 +141,12 @@ def as_markdown(document: dict[str, Any]) -> str:
     lines = [
         f"# Kernels on {document['machine'].get('gpu', 'the CPU')}",
         "",
-        note + "| stage | backend | ms | GB/s | error |",
+        note + "| stage | type | backend | ms | GB/s | error |",
+        "|---|---|---|---|---|---|",
     ]
-    lines.append("|---|---|---|---|---|")
     for row in document["rows"]:
         figures = f"{1e3 * row['median_s']:.4f} | {row['gb_per_s']:.0f} | {row['error']:.1e}"
-        lines.append(f"| {row['stage']} | {row['backend']} | {figures} |")
+        lines.append(f"| {row['stage']} | {row['dtype']} | {row['backend']} | {figures} |")
     lines += [
         "",
         "Left out:",
@@ -147,24 +184,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_kernels", description="time every kernel on a GPU")
     parser.add_argument("--out", type=Path, required=True, help="folder for kernels.json, kernels.md, kernels.png")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES))
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args(argv)
     device = torch.device("cpu" if options.dry_run else "cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("torch sees no GPU here; rehearse with --dry-run")
-    dtype = torch.bfloat16 if options.dry_run else getattr(torch, options.dtype)
+    gpu_timing.exact_float32()
     alpha, resolution, batch = (0.35, 32, 1) if options.dry_run else (1.0, 224, options.batch)
-    calls = workload.calls(alpha, resolution, batch, dtype)
+    dtypes = ["bfloat16"] if options.dry_run else options.dtype
+    calls: list[tuple[workload.Call, workload.Call]] = []
+    for name in dtypes:
+        timed, checked = (
+            workload.calls(alpha, resolution, n, getattr(torch, name)) for n in (batch, min(batch, CHECKED))
+        )
+        calls += zip(timed, checked, strict=True)
     if options.dry_run:
-        calls = list({call.stage: call for call in calls}.values())
+        calls = list({call.stage: (call, small) for call, small in calls}.values())
     who, missing = backends(options.dry_run)
-    rows, left_out = measure(calls, who, device, 2 if options.dry_run else gpu_timing.RUNS)
+    with gpu_rehearsal.gpu("cuda" in who) if options.dry_run else nullcontext():
+        rows, left_out = measure(calls, who, device, 2 if options.dry_run else gpu_timing.RUNS)
     document = {
         "bench": "gpu_kernels",
         "dry_run": options.dry_run,
         "machine": gpu_timing.machine(device),
-        "settings": {"alpha": alpha, "resolution": resolution, "batch": batch, "dtype": str(dtype)},
+        "settings": {"alpha": alpha, "resolution": resolution, "batch": batch, "dtypes": dtypes},
         "rows": rows,
         "left_out": missing | left_out,
     }
@@ -174,6 +218,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     draw(document, options.out / "kernels.png")
     print(f"{len(rows)} timings, {len(left_out)} left out, in {options.out}")
     return 1 if any(reason.startswith("wrong") for reason in left_out.values()) else 0
+
+
+def _dtype_of(call: workload.Call) -> str:
+    return str(call.args[0].dtype).removeprefix("torch.")
 
 
 def _half(value: Any) -> bool:

@@ -19,6 +19,12 @@ def seconds(run: Callable[[], Any], device: torch.device, runs: int = RUNS) -> d
     return {"median_s": middle, "p25_s": low, "p75_s": high}
 
 
+def exact_float32() -> None:
+    """Have torch compute float32 in float32: its convolutions would take tf32 by default, products would not."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def _on_gpu(run: Callable[[], Any], device: torch.device, runs: int) -> list[float]:
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
     for _ in range(WARM_UP):

@@ -21,8 +21,13 @@ _DRAWN_BY = {
     "kernels": "bench.plots_speed",
     "model": "bench.plots_speed",
     "train": "bench.plots_speed",
+    "cpu_training": "bench.plots_speed",
+    "cpu": "bench.plots_cpu",
+    "cpu_parts": "bench.plots_cpu",
+    "cpu_scaling": "bench.plots_cpu",
     "loader": "bench.plots_speed",
     "memory": "bench.plots_speed",
+    "cold": "bench.plots_speed",
     "accuracy": "bench.plots_accuracy",
 }
 

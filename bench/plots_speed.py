@@ -22,7 +22,7 @@ class Bar(NamedTuple):
 
 
 def figures(result: Result) -> "dict[str, Figure]":
-    """The picture of a result of kernels, model, train, loader or memory, under the suffix ''."""
+    """The picture of a result of kernels, model, train, cpu_training, loader, memory or cold, under the suffix ''."""
     return {"": _DRAW[result.bench](result)}
 
 
@@ -162,6 +162,20 @@ def _memory(result: Result) -> "Figure":
     return figure
 
 
+def _cold(result: Result) -> "Figure":
+    """Milliseconds on the cores of a fresh process, with the extremes of the processes."""
+    figure, (axis,) = plots.new(8.0, 2.4)
+    entries = [
+        Bar(row["runner"], row["cpu_ms"], row["cpu_min_ms"], row["cpu_max_ms"], f"{row['cpu_ms']:.0f}")
+        for row in result.rows
+    ]
+    bars(axis, entries, "torchvision eager")
+    title = "ms on the cores from imported torch to the first logits"
+    axis.set_title(title, loc="left", fontsize=9, fontweight="bold", color=plots.INK)
+    plots.footnote(figure, result, "Medians of fresh processes, whiskers their extremes.")
+    return figure
+
+
 def _grouped(rows: list[Row], key: Callable[[Row], object]) -> "Iterator[tuple[object, list[Row]]]":
     """Rows of equal key together, in the order in which keys come first."""
     groups: dict[object, list[Row]] = {}
@@ -171,4 +185,12 @@ def _grouped(rows: list[Row], key: Callable[[Row], object]) -> "Iterator[tuple[o
 
 
 _HOW = "Ratios are medians over interleaved rounds, whiskers their quartiles; on a CPU of time on the cores."
-_DRAW = {"kernels": _kernels, "model": _speed, "train": _speed, "loader": _loader, "memory": _memory}
+_DRAW = {
+    "kernels": _kernels,
+    "model": _speed,
+    "train": _speed,
+    "cpu_training": _speed,
+    "loader": _loader,
+    "memory": _memory,
+    "cold": _cold,
+}

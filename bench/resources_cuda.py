@@ -1,8 +1,9 @@
 """The static report on the fused block in CUDA C++: registers, local memory, instructions, and what its plans occupy.
 
-    python -m bench.resources_cuda [--arch 80 90] [--dtype float16] [--json]
+    python -m bench.resources_cuda [--arch 80 90] [--dtype float16] [--write]
 
-Compiled is every tile for every architecture; with neither option that is about five minutes on one core. Exit status
+Compiled is every tile for every architecture; with neither option that is about five minutes on one core. --write puts
+the figures of what was compiled into results/cuda_fused.json, from which `bench.roofline` predicts. Exit status
 1 where a kernel touches local memory, has no tensor-core instruction, needs more instructions an element than
 `BUDGET`, or where a plan for the full-width network leaves an SM fewer than 8 warps.
 """
@@ -14,18 +15,21 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import sass
+from bench import fused_counts, sass
 from bench.occupancy import ARCHITECTURES, Architecture, warps_per_sm
+from mbv2.files import write_atomic
 from mbv2.kernels.cuda import fused
 from mbv2.model import MobileNetV2
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 NAMES = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float32: "float"}
+RESULTS = Path(__file__).parent / "results" / "cuda_fused.json"
 WARPS_AT_LEAST = 8
 # Instructions of one thread for an output of the depthwise stage at stride 1 and 2, idle columns not counted, by how
 # many outputs a column is walked down: on tensor cores, and in float32 with multiply-adds.
@@ -38,8 +42,10 @@ BUDGET = {
 _USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 
-def kernels(dtype: torch.dtype, arch: int, nvcc: str, only_tile: int | None = None) -> dict[str, sass.Code]:
-    """The machine code of the kernels for `dtype` on sm_<arch>, by tile (its index, or "sum").
+@cache
+def kernels(dtype: torch.dtype, arch: int, nvcc: str, only_tile: int | None = None) -> dict[str, tuple[sass.Code, str]]:
+    """The machine code of the kernels for `dtype` on sm_<arch>, and its listing with lines of the source, by tile (its
+    index, or "sum").
 
     Raises:
         RuntimeError: nvcc cannot compile them.
@@ -47,13 +53,14 @@ def kernels(dtype: torch.dtype, arch: int, nvcc: str, only_tile: int | None = No
     name = NAMES[dtype]
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "fused.cubin"
-        command = [nvcc, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", str(SOURCES / f"fused_{name}.cu")]
+        command = [nvcc, "-std=c++17", "-O3", "-lineinfo", "-cubin", f"-arch=sm_{arch}"]
         command += [] if only_tile is None else [f"-DMBV2_ONLY_TILE={only_tile}"]
-        done = subprocess.run([*command, "-o", str(cubin)], capture_output=True, text=True)
+        command += [str(SOURCES / f"fused_{name}.cu"), "-o", str(cubin)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr or done.stdout)
         usage = sass.tool("cuobjdump", "-res-usage", str(cubin))
-        listing = sass.tool("nvdisasm", "-c", "-ndf", str(cubin))
+        listing = sass.tool("nvdisasm", "-c", "-ndf", "-gi", str(cubin))
     texts = {part.split(",", 1)[0]: part for part in re.split(r"^\s*\.section\s+\.text\.", listing, flags=re.M)[1:]}
     found = {}
     for kernel, registers, stack, local in _USAGE.findall(usage):
@@ -61,7 +68,8 @@ def kernels(dtype: torch.dtype, arch: int, nvcc: str, only_tile: int | None = No
         if only_tile is not None and tile != str(only_tile):
             continue
         instructions = sass.parse(texts[kernel])
-        found[tile] = sass.Code(instructions, sass.find_loops(instructions), int(registers), int(stack) + int(local))
+        code = sass.Code(instructions, sass.find_loops(instructions), int(registers), int(stack) + int(local))
+        found[tile] = code, texts[kernel]
     return found
 
 
@@ -87,15 +95,16 @@ def rows(dtype: torch.dtype, arch: Architecture, nvcc: str, only_tile: int | Non
     """Every kernel's figures and faults, by tile."""
     shapes = used_by(dtype, arch)
     found = {}
-    for tile, code in kernels(dtype, arch.number, nvcc, only_tile).items():
+    for tile, (code, listing) in kernels(dtype, arch.number, nvcc, only_tile).items():
         row: dict[str, Any] = {
             "registers": code.registers,
             "local_memory": code.stack_bytes + code.count(*sass.SPILLING),
             "instructions": len(code.instructions),
         }
         faults = [f"{row['local_memory']} bytes of local memory"] if row["local_memory"] else []
+        row["counts"] = {"all": len(code.instructions)} if tile == "sum" else fused_counts.counts(listing)
         if tile != "sum":
-            walk = _walk(int(tile))
+            walk = fused_counts.tiles()[int(tile)].walk
             row["depthwise"] = [round(value, 2) for value in depthwise_instructions(code, dtype, walk)]
             row["tensor_core"] = code.count(*sass.TENSOR_CORE)
             plans = shapes.get(int(tile), [])
@@ -147,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in NAMES}
     parser.add_argument("--dtype", nargs="*", choices=dtypes, default=list(dtypes))
     parser.add_argument("--nvcc", default="nvcc")
-    parser.add_argument("--json", action="store_true", help="all figures as JSON on stdout")
+    parser.add_argument("--write", action="store_true", help="put the figures into results/cuda_fused.json")
     arguments = parser.parse_args(argv)
     report: dict[str, Any] = {}
     for number in arguments.arch:
@@ -155,11 +164,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             report.setdefault(f"sm_{number}", {})[name] = found = rows(
                 dtypes[name], ARCHITECTURES[number], arguments.nvcc
             )
-            if not arguments.json:
-                for tile, row in found.items():
-                    print(f"sm_{number} {name} {tile}: {row}", flush=True)
-    if arguments.json:
-        print(json.dumps(report, indent=1))
+            for tile, row in found.items():
+                print(f"sm_{number} {name} {tile}: { {k: v for k, v in row.items() if k != 'counts'} }", flush=True)
+            if arguments.write:
+                _write(f"sm_{number}", name, found)
     faults = [
         f"{arch} {name} tile {tile}: {fault}"
         for arch, types in report.items()
@@ -172,12 +180,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if faults else 0
 
 
-def _walk(tile: int) -> int:
-    """Outputs a column is walked down, of a tile in csrc/cuda/fused_params.h."""
-    text = (SOURCES / "fused_params.h").read_text()
-    found = re.search(rf"X\({tile}, \d+, (\d+),", text)
-    assert found is not None
-    return int(found[1])
+def _write(arch: str, dtype: str, found: dict[str, dict[str, Any]]) -> None:
+    """Put the figures of one architecture and type among those that are known, a line a kernel."""
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    known.setdefault(arch, {})[dtype] = dict(sorted(found.items()))
+    archs = []
+    for name, types in sorted(known.items(), key=lambda item: int(item[0].removeprefix("sm_"))):
+        parts = []
+        for kind, tiles in types.items():
+            lines = ",\n".join(f'   "{tile}": {json.dumps(row)}' for tile, row in tiles.items())
+            parts.append(f'  "{kind}": {{\n{lines}\n  }}')
+        archs.append(f' "{name}": {{\n' + ",\n".join(parts) + "\n }")
+    write_atomic(RESULTS, ("{\n" + ",\n".join(archs) + "\n}\n").encode())
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ NOTHING HERE IS TIMED: every time is a prediction. A kernel takes as long as the
 (its instructions), each at the share of its peak that well-written kernels reach (`bench.occupancy`), plus a
 microsecond to launch. Bytes of training kernels are the sectors that `bench.traffic` counted, instructions those of
 `bench.resources` and `bench.gpu_static` (the row of the same kernel, stride and nearest number of channels). L2 is
-taken to keep nothing between kernels, for everybody. Peers are models: only their least bytes and their launches
+taken to keep nothing between kernels, for everybody. The fused block's instructions are those of its machine code times
+how often the planner's cut runs them (`bench.fused_counts`), dealt to SMs in whole thread blocks; its bytes are input,
+output and weights, once. Peers are models: only their least bytes and their launches
 count, as if their kernels were perfect; a peer whose kernels are worse is slower than predicted.
 """
 
@@ -20,12 +22,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench import gpu_static, plan
+from bench import fused_counts, gpu_static, plan
 from bench.occupancy import ARCHITECTURES, DRAM_SHARE, ISSUE_SHARE, Architecture
 from bench.plan import Block
+from mbv2.errors import UserError
 from mbv2.files import write_atomic
+from mbv2.kernels.cuda import fused as cuda_fused
 
 RESULTS = Path(__file__).parent / "results"
+FUSED = RESULTS / "cuda_fused.json"
 LAUNCH = 1e-6
 ITEM = 2  # float16
 # What the design wants of whole-block inference at batch 256.
@@ -54,10 +59,11 @@ class Kernel:
     bytes: float
     instructions: float
     source: str
+    launches: int = 1
 
     def seconds(self, gpu: Architecture, batch: int) -> float:
         """Predicted for `batch` pictures."""
-        return batch * max(self.bytes / _bandwidth(gpu), self.instructions / _issue(gpu)) + LAUNCH
+        return batch * max(self.bytes / _bandwidth(gpu), self.instructions / _issue(gpu)) + self.launches * LAUNCH
 
     def bound(self, gpu: Architecture) -> str:
         """What limits it there."""
@@ -145,15 +151,27 @@ def pairs(gpu: Architecture, blocks: list[Block]) -> list[Kernel]:
     return out
 
 
-def fused(blocks: list[Block]) -> list[Kernel]:
-    """Inference by one CUDA C++ launch a block: its bytes, and the instructions that the design counts on."""
+def fused(gpu: Architecture, blocks: list[Block], batch: int) -> list[Kernel]:
+    """Inference by one CUDA C++ launch a block, two where the planner splits hidden channels."""
+    known = json.loads(FUSED.read_text())[gpu.name]["float16"]
+    counts = {tile: row["counts"] for tile, row in known.items()}
+    limits = cuda_fused.Gpu(gpu.number, gpu.processors, gpu.shared_per_block, gpu.shared_per_sm)
     out = []
     for block in blocks:
-        e = block.elements
-        # An eighth of the rows of a tile is halo at stride 1, the expanded values there are computed twice.
-        halo = 1.25 if block.stride == 1 else 1.06
-        instructions = 20 * e["E2"] + (4 * halo * e["E1"] if block.expands else 0) + 5 * e["O"]
-        out.append(Kernel(f"{block} fused", ITEM * (e["X"] + e["O"]), instructions, "design"))
+        shape = cuda_fused.Shape(
+            0, batch, block.side, block.side, block.cin, block.hidden, block.cout, block.stride, block.expands,
+            block.residual,
+        )  # fmt: skip
+        plan = cuda_fused.plan_for(shape, limits)
+        if isinstance(plan, str):
+            raise UserError(f"the fused block {block} cannot be planned for {gpu.gpu}: {plan}")
+        e, split = block.elements, plan.splits > 1
+        weights = block.hidden * (block.cout + (block.cin if block.expands else 0) + 9)
+        size = ITEM * (e["X"] + e["O"]) + ITEM * weights / batch
+        # The busiest SM has that many times the average; what is left over of a wave keeps others idle.
+        uneven = -(-plan.blocks // gpu.processors) * gpu.processors / plan.blocks
+        instructions = fused_counts.executed(shape, plan, counts) / batch
+        out.append(Kernel(f"{block} fused", size, uneven * instructions, "CUDA C++", 1 + split))
     return out
 
 
@@ -177,7 +195,11 @@ def predict(gpu: Architecture, batch: int) -> dict[str, Any]:
     step = training(gpu, blocks)
     eager = [Kernel("eager AMP", 1e6 * sum(plan.EAGER), 0, "model")]
     compiled = [Kernel("torch.compile", 1e6 * sum(plan.COMPILED), 0, "model")]
-    ways = {"folded pairs (built)": pairs(gpu, blocks), "fused block (design's counts)": fused(blocks), **peers(blocks)}
+    ways = {
+        "fused block (built)": fused(gpu, blocks, batch),
+        "folded pairs (built)": pairs(gpu, blocks),
+        **peers(blocks),
+    }
     train = {
         "built": _total(step, gpu, batch),
         "eager AMP": _total(eager, gpu, batch) + (EAGER_LAUNCHES * len(blocks) - 1) * LAUNCH,
@@ -199,7 +221,7 @@ def predict(gpu: Architecture, batch: int) -> dict[str, Any]:
 def misses(gpu: Architecture, batch: int, infer: dict[str, float]) -> list[str]:
     """Where inference is predicted to stay below the design's target, a sentence each."""
     out = []
-    for way in ("folded pairs (built)", "fused block (design's counts)"):
+    for way in ("fused block (built)", "folded pairs (built)"):
         for peer, target in (("BN-folded eager", TARGET_EAGER), ("act-fused", TARGET_ACT_FUSED)):
             ratio = infer[peer] / infer[way]
             if ratio < target:
@@ -240,7 +262,7 @@ def draw(path: Path, gpus: Sequence[Architecture]) -> None:
         kinds = {
             "training": training(gpu, blocks),
             "inference, pairs": pairs(gpu, blocks),
-            "inference, fused": fused(blocks),
+            "inference, fused": fused(gpu, blocks, 256),
         }
         for (label, kernels), marker in zip(kinds.items(), "o^s", strict=True):
             points = [

@@ -114,8 +114,13 @@ def parse(text: str) -> tuple[Instruction, ...]:
     return tuple(_without_padding(known))
 
 
-def find_loops(instructions: tuple[Instruction, ...]) -> tuple[Loop, ...]:
-    """Natural loops of the control-flow graph (a jump back to an instruction that dominates it)."""
+def find_loops(instructions: tuple[Instruction, ...], every: bool = False) -> tuple[Loop, ...]:
+    """Natural loops of the control-flow graph (a jump back to an instruction that dominates it).
+
+    Args:
+        instructions: of the kernel.
+        every: those too that touch neither memory nor floating-point numbers.
+    """
     successors = [_successors(instructions, i) for i in range(len(instructions))]
     starts = {0} | {j for i, after in enumerate(successors) for j in after if after != [i + 1]}
     blocks = sorted(starts)
@@ -132,7 +137,7 @@ def find_loops(instructions: tuple[Instruction, ...]) -> tuple[Loop, ...]:
             if header in dominators[block]:
                 bodies.setdefault(header, {header}).update(_reaching(edges, block, header))
     found = [frozenset(i for b in body for i in range(blocks[b], last[b] + 1)) for _, body in sorted(bodies.items())]
-    found = [body for body in found if _computes(instructions, body)]
+    found = [body for body in found if every or _computes(instructions, body)]
     loops = [Loop(body, sum(body < other for other in found)) for body in found]
     return tuple(sorted(loops, key=lambda loop: (loop.first, loop.depth)))
 

@@ -58,7 +58,9 @@ class Step:
     ) -> None:
         self.model = model.train().to(memory_format=memory_format)
         self.memory_format = memory_format
-        self._within, self._autocast, self._run = within, autocast, run or self.model
+        self._within, self._autocast = within, autocast
+        # Not `or`: the truth of a compiled module is its length, which it has not.
+        self._run = self.model if run is None else run
         self._optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
 
     def __call__(self, x: Tensor, labels: Tensor) -> Tensor:

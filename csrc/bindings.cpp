@@ -16,12 +16,13 @@ using mbv2::cuda::Wish;
 PyObject* describe(const Plan& plan) {
     const mbv2::cuda::FusedParams& p = plan.params;
     const mbv2::cuda::TileShape& tile = mbv2::cuda::kTileShapes[plan.tile];
-    return Py_BuildValue(
-        "{s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:L,s:i,s:i,s:L,s:d,s:y#}", "tile", plan.tile, "chunk", tile.chunk_bytes,
-        "images", p.tile_images, "height", p.tile_height, "width", p.tile_width, "splits", p.splits, "chunks", p.chunks,
-        "warps", plan.threads / 32, "blocks", static_cast<long long>(plan.blocks), "threads", plan.threads,
-        "shared_bytes", plan.shared_bytes, "partial_bytes", static_cast<long long>(plan.partial_bytes), "microseconds",
-        plan.microseconds, "params", reinterpret_cast<const char*>(&p), static_cast<Py_ssize_t>(sizeof p));
+    return Py_BuildValue("{s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:L,s:i,s:i,s:L,s:d,s:d,s:y#}", "tile", plan.tile, "chunk",
+                         tile.chunk_bytes, "images", p.tile_images, "height", p.tile_height, "width", p.tile_width,
+                         "splits", p.splits, "chunks", p.chunks, "warps", plan.threads / 32, "blocks",
+                         static_cast<long long>(plan.blocks), "threads", plan.threads, "shared_bytes",
+                         plan.shared_bytes, "partial_bytes", static_cast<long long>(plan.partial_bytes), "microseconds",
+                         plan.microseconds, "instructions", plan.instructions, "params",
+                         reinterpret_cast<const char*>(&p), static_cast<Py_ssize_t>(sizeof p));
 }
 
 PyObject* plan_block(PyObject*, PyObject* args, PyObject* keywords) {

@@ -15,6 +15,7 @@ namespace mbv2::cpu {
 template <class Body>
 auto with_format(const std::string& format, const Body& body) {
     if (format == Int8::name) return body(Int8());
+    if (format == Bfloat16::name) return body(Bfloat16());
     TORCH_CHECK(format == Float32::name, "there is no network in ", format);
     return body(Float32());
 }

@@ -6,9 +6,17 @@ the input in any strides (channels_last is the one that needs no copy), the stag
 has the steps of a block one by one.
 """
 
-from mbv2.kernels import staged
+import importlib
+
 from mbv2.kernels.dispatch import BackendError, backend, report
 from mbv2.kernels.ops import head, inverted_residual, stem
 from mbv2.kernels.stages import BatchNorm, ConvBN
 
 __all__ = ["BackendError", "BatchNorm", "ConvBN", "backend", "head", "inverted_residual", "report", "staged", "stem"]
+
+
+def __getattr__(name: str) -> object:
+    # Fourteen operators that models do not call; registering them takes as long as all the others together.
+    if name == "staged":
+        return importlib.import_module("mbv2.kernels.staged")
+    raise AttributeError(f"module 'mbv2.kernels' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The whole network as one call on a CPU: packed once, then float32 inference through `mbv2._C`.
+"""The whole network as one call on a CPU: packed once, then inference through `mbv2._C` in float32 or bfloat16.
 
 `cpu_network` (csrc/ops.cpp, csrc/cpu/) runs stem, blocks, head and classifier without returning to Python between
 them. Its weights are packed for one instruction set: the best this machine has, or the one `MBV2_CPU_ISA` names
@@ -16,7 +16,7 @@ from torch import Tensor
 from mbv2.kernels.dispatch import BackendError
 
 ISAS = ("avx512", "avx2", "portable")
-FORMATS = ("float32", "int8")
+FORMATS = ("float32", "bfloat16", "int8")
 
 
 class BlockShape(NamedTuple):
@@ -69,7 +69,8 @@ def isa(format: str = "float32") -> str:
     """The instruction set that will be used for networks in this number format.
 
     Raises:
-        BackendError: no compiled kernels, or `MBV2_CPU_ISA` names what this machine cannot run.
+        BackendError: no compiled kernels, this machine has no instructions for the format, or `MBV2_CPU_ISA` names
+            what it cannot run.
     """
     _require()
     try:
@@ -121,10 +122,12 @@ def pack(
         blocks: the blocks in order.
         last_channels: outputs of the head.
         classes: outputs of the classifier.
-        format: the number format to run it in, one of `FORMATS`. For int8 the weights are what `mbv2.quantize` returns.
+        format: the number format to run it in, one of `FORMATS`. In bfloat16 are the weights of 1x1 convolutions and
+            of the classifier, and what blocks hand on; sums, biases, the stem and depthwise convolutions are float32.
+            For int8 the weights are what `mbv2.quantize` returns.
 
     Raises:
-        BackendError: no compiled kernels, or `MBV2_CPU_ISA` names what this machine cannot run.
+        BackendError: as `isa`.
         RuntimeError, ValueError: the weights do not have the blocks' shapes.
     """
     name = isa(format)

@@ -6,6 +6,7 @@ from a faster backend is said once, with its reason. `MBV2_DISABLE_TRITON=1` tak
 `MBV2_DISABLE_PROJECT_BACKWARD=1` (any stage's name) has that one stage run in plain torch.
 """
 
+import functools
 import os
 import warnings
 from collections import Counter
@@ -46,9 +47,23 @@ class Stages:
     def __init__(self, name: str, x: Tensor) -> None:
         self._name = name
         self._x = x
+        self._module = _backends[name].stages()
+        self._checked = name != "aten" and (bool(_verdicts) or _check_wanted(x))
 
     def __getattr__(self, stage: str) -> Callable[..., Any]:
-        return _stage(self._name, stage, self._x)
+        if self._name == "aten" or _disabled(stage):
+            return getattr(aten, stage)
+        x, function = self._x, getattr(self._module, stage)
+        if not x.is_cuda or x.device.index == torch.cuda.current_device():
+            return _verified(self._name, stage, function, x) if self._checked else function
+
+        # Kernels are launched on the current GPU, whichever it is; torch's own operators go by their tensors.
+        def on_its_gpu(*args: Any) -> Any:
+            with torch.cuda.device(x.device):
+                run = _verified(self._name, stage, function, x) if self._checked else function
+                return run(*args)
+
+        return on_its_gpu
 
 
 _backends: dict[str, Backend] = {"aten": Backend(lambda device, dtype: None, lambda: aten)}
@@ -56,6 +71,8 @@ _calls: Counter[tuple[str, str]] = Counter()
 _said: set[str] = set()
 _verdicts: dict[tuple[str, str, torch.dtype, torch.device], str | None] = {}
 _asked: str | None = None
+# Kept up to date by os.environ; private, so nothing rests on it being there.
+_set_variables: dict[Any, Any] | None = getattr(os.environ, "_data", None)
 
 
 def register(name: str, entry: Backend) -> None:
@@ -86,7 +103,7 @@ def backend(name: str) -> Iterator[None]:
 
 def asked() -> str:
     """The backend asked for: by `backend`, else by MBV2_BACKEND, else "auto"."""
-    return _asked or os.environ.get("MBV2_BACKEND", "auto")
+    return _asked or _variable("MBV2_BACKEND", "auto")
 
 
 def choose(operator: str, x: Tensor, dtype: torch.dtype | None = None) -> str:
@@ -162,14 +179,26 @@ def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _disabled(name: str) -> bool:
-    return os.environ.get(f"MBV2_DISABLE_{name.upper()}", "0") not in ("0", "")
+    return _variable(_switch(name), "0") not in ("0", "")
 
 
-def _stage(name: str, stage: str, x: Tensor) -> Callable[..., Any]:
-    plain = getattr(aten, stage)
-    if name == "aten" or _disabled(stage):
-        return plain
-    function = getattr(_backends[name].stages(), stage)
+@functools.cache
+def _switch(name: str) -> str:
+    return f"MBV2_DISABLE_{name.upper()}"
+
+
+def _variable(name: str, default: str) -> str:
+    """`os.environ.get`: some twenty questions in a training step of a block, nearly all about variables not set.
+
+    os.environ takes a microsecond and an exception to say that; the mapping behind it, where it has one, a tenth.
+    """
+    if _set_variables is not None and (name.encode() if os.name == "posix" else name) not in _set_variables:
+        return default
+    return os.environ.get(name, default)
+
+
+def _verified(name: str, stage: str, function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
+    """`function`, or its twin in plain torch if it failed the check of its first use."""
     key = (name, stage, x.dtype, x.device)
     if key not in _verdicts:
         if not _check_wanted(x):
@@ -183,12 +212,12 @@ def _stage(name: str, stage: str, x: Tensor) -> Callable[..., Any]:
     if asked() == name:
         raise BackendError(f"{message}; use backend 'auto' or 'aten'")
     _say_once(f"mbv2: {message}; plain torch takes over for it")
-    return plain
+    return getattr(aten, stage)
 
 
 def _check_wanted(x: Tensor) -> bool:
     """First-use checks run on GPUs; MBV2_SELF_CHECK=0 or 1 decides otherwise. None while a CUDA graph is captured."""
-    wanted = os.environ.get("MBV2_SELF_CHECK", "1" if x.is_cuda else "0") not in ("0", "")
+    wanted = _variable("MBV2_SELF_CHECK", "1" if x.is_cuda else "0") not in ("0", "")
     return wanted and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 

@@ -153,6 +153,8 @@ def _update(bn: BatchNorm, statistics: Tensor, values: int) -> None:
             if bn.momentum is None:
                 momentum = 1.0 / bn.num_batches_tracked.to(bn.running_mean.dtype)
         count = statistics[COUNT] if _shared(bn) else values
-        bn.running_mean.lerp_(statistics[MEAN].to(bn.running_mean.dtype), momentum)
-        unbiased = statistics[VAR] * (count / (count - 1))
-        bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), momentum)
+        mean, unbiased = statistics[MEAN], statistics[VAR] * (count / (count - 1))
+        if mean.dtype != bn.running_mean.dtype:
+            mean, unbiased = mean.to(bn.running_mean.dtype), unbiased.to(bn.running_mean.dtype)
+        bn.running_mean.lerp_(mean, momentum)
+        bn.running_var.lerp_(unbiased, momentum)

@@ -26,8 +26,10 @@ def channels_last(x: Tensor) -> Tensor:
     `Tensor.contiguous(memory_format=channels_last)` leaves other strides where N, C, H or W is 1.
     """
     n, c, h, w = x.shape
-    dense = x.permute(0, 2, 3, 1).contiguous()
-    return dense.as_strided((n, c, h, w), (c * h * w, 1, w * c, c))
+    strides = (c * h * w, 1, w * c, c)
+    if x.stride() == strides:
+        return x
+    return x.permute(0, 2, 3, 1).contiguous().as_strided((n, c, h, w), strides)
 
 
 def new_channels_last(like: Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype | None = None) -> Tensor:

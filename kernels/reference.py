@@ -1,4 +1,8 @@
-"""Plain-torch versions of every operator: the `aten` backend, and what the other backends are held against."""
+"""Plain-torch versions of every operator: the `aten` backend, and what the other backends are held against.
+
+ReLU6 works in place, as in torchvision's model: BatchNorm's backward reads its input, ReLU6's its result, so what lies
+between them need not be kept.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +15,7 @@ from mbv2.kernels.sync import sync_batch_norm
 def stem(x: Tensor, conv: ConvBN, stride: int = 2) -> Tensor:
     """See `mbv2.kernels.stem`."""
     x = x.contiguous(memory_format=torch.channels_last)
-    return F.relu6(conv_bn(x, conv, stride=stride, padding=1))
+    return F.relu6(conv_bn(x, conv, stride=stride, padding=1), inplace=True)
 
 
 def inverted_residual(
@@ -19,8 +23,8 @@ def inverted_residual(
 ) -> Tensor:
     """See `mbv2.kernels.inverted_residual`."""
     x = x.contiguous(memory_format=torch.channels_last)
-    hidden = x if expand is None else F.relu6(conv_bn(x, expand))
-    hidden = F.relu6(conv_bn(hidden, depthwise, stride=stride, padding=1, groups=hidden.shape[1]))
+    hidden = x if expand is None else F.relu6(conv_bn(x, expand), inplace=True)
+    hidden = F.relu6(conv_bn(hidden, depthwise, stride=stride, padding=1, groups=hidden.shape[1]), inplace=True)
     out = conv_bn(hidden, project)
     return x + out if residual else out
 
@@ -28,7 +32,7 @@ def inverted_residual(
 def head(x: Tensor, conv: ConvBN) -> Tensor:
     """See `mbv2.kernels.head`."""
     x = x.contiguous(memory_format=torch.channels_last)
-    return F.relu6(conv_bn(x, conv)).mean((2, 3))
+    return F.relu6(conv_bn(x, conv), inplace=True).mean((2, 3))
 
 
 def conv_bn(x: Tensor, conv: ConvBN, stride: int = 1, padding: int = 0, groups: int = 1) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mbv2.kernels.dispatch import Stages, stages_for
 from mbv2.kernels.layout import SCALE, channels_last, new_channels_last, wide
-from mbv2.kernels.registration import operator
+from mbv2.kernels.registration import Operator, operator
 
 
 def affine_bn(scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
@@ -21,7 +21,7 @@ def affine_bn(scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack((zero, one, one, scale, shift, zero))
 
 
-def _once(function: Callable[..., Any]) -> torch.library.CustomOpDef:
+def _once(function: Callable[..., Any]) -> Operator:
     op = operator(function)
 
     def refuse(ctx: Any, *grads: Tensor) -> None:

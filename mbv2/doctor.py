@@ -91,6 +91,7 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("DALI", found["dali"] or "not installed (pip install 'mbv2[dali]')"),
         ("loader", f"{found['loader']}: {found['loader_why']}"),
         ("extension", kernels["extension"]),
+        ("extension (GPU)", kernels["extension_gpu"]),
         ("kernels", f"{', '.join(kernels['used']) or 'none'}: {kernels['why']}"),
         ("calls", calls or "none"),
         *[("FAILED CHECK", f"{stage}: {why}; plain torch runs it") for stage, why in kernels["failed_checks"].items()],
@@ -115,6 +116,7 @@ def _kernels(device: Any) -> dict[str, Any]:
     import torch
 
     from mbv2 import kernels
+    from mbv2.kernels.cuda import support
     from mbv2.model import MobileNetV2
 
     model = MobileNetV2(10, 0.35).to(device, memory_format=torch.channels_last)
@@ -145,6 +147,7 @@ def _kernels(device: Any) -> dict[str, Any]:
         "calls": calls,
         "failed_checks": after["failed_checks"],
         "extension": f"mbv2._C, for mbv2.optimize_for_inference, eval and infer on a CPU: {after['cpu_network']}",
+        "extension_gpu": f"mbv2._cuda, the CUDA C++ kernels: {support.missing() or 'compiled'}",
     }
 
 

@@ -41,9 +41,10 @@ class ConvBNReLU6(nn.Sequential):
         groups: int = 1,
         turned: bool = False,
         bn_eps: float = 1e-5,
+        initialise: bool = True,
     ) -> None:
         super().__init__(
-            nn.Conv2d(inputs, outputs, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False),
+            _convolution(inputs, outputs, kernel, stride, groups, initialise),
             nn.BatchNorm2d(outputs, eps=bn_eps),
             nn.ReLU6(),
         )
@@ -51,8 +52,9 @@ class ConvBNReLU6(nn.Sequential):
 
     def stage(self) -> kernels.ConvBN:
         """This stage's tensors, as the operators take them."""
-        weight = self[0].weight.flip(2, 3) if self.turned else self[0].weight
-        return kernels.ConvBN(weight, kernels.BatchNorm.of(self[1]))
+        conv, norm, _ = self
+        weight = conv.weight.flip(2, 3) if self.turned else conv.weight
+        return kernels.ConvBN(weight, kernels.BatchNorm.of(norm))
 
 
 class InvertedResidual(nn.Module):
@@ -69,14 +71,17 @@ class InvertedResidual(nn.Module):
         expand_ratio: int,
         turned: bool = False,
         bn_eps: float = 1e-5,
+        initialise: bool = True,
     ) -> None:
         super().__init__()
         hidden = round(inputs * expand_ratio)
         self.stride = stride
         self.use_res_connect = stride == 1 and inputs == outputs
-        stages: list[nn.Module] = [] if expand_ratio == 1 else [ConvBNReLU6(inputs, hidden, 1, bn_eps=bn_eps)]
-        stages.append(ConvBNReLU6(hidden, hidden, 3, stride, hidden, turned, bn_eps))
-        project = nn.Conv2d(hidden, outputs, 1, bias=False)
+        stages: list[nn.Module] = (
+            [] if expand_ratio == 1 else [ConvBNReLU6(inputs, hidden, 1, bn_eps=bn_eps, initialise=initialise)]
+        )
+        stages.append(ConvBNReLU6(hidden, hidden, 3, stride, hidden, turned, bn_eps, initialise))
+        project = _convolution(hidden, outputs, 1, initialise=initialise)
         self.conv = nn.Sequential(*stages, project, nn.BatchNorm2d(outputs, eps=bn_eps))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,6 +118,8 @@ class MobileNetV2(nn.Module):
         padding: "symmetric" is one pixel on all sides (torchvision, timm, MindSpore). "same" is TensorFlow's SAME
             (TF, Keras, Hugging Face), which pads an even picture under stride 2 at the bottom and right only.
         bn_eps: added to the variance by every BatchNorm; 1e-3 in TensorFlow's networks.
+        initialise: draw random weights (He's normal ones by fan-out, torchvision's choice); False leaves what
+            memory held in convolutions and classifier, for weights that are loaded right after.
 
     The operators know symmetric padding only. SAME is symmetric padding of the picture turned by 180 degrees under
     weights turned likewise, for every size and stride: the model turns the picture once, its stages hand out turned
@@ -130,6 +137,7 @@ class MobileNetV2(nn.Module):
         class_offset: int = 0,
         padding: str = "symmetric",
         bn_eps: float = 1e-5,
+        initialise: bool = True,
     ) -> None:
         super().__init__()
         if num_classes < 1 or not width_mult > 0 or class_offset not in (0, 1) or num_classes <= class_offset:
@@ -148,17 +156,18 @@ class MobileNetV2(nn.Module):
         self.class_offset = class_offset
         channels = make_divisible(32 * width_mult)
         self.last_channel = make_divisible(1280 * max(1.0, width_mult))
-        features: list[nn.Module] = [Stem(3, channels, 3, 2, 1, self.turns_picture, bn_eps)]
+        features: list[nn.Module] = [Stem(3, channels, 3, 2, 1, self.turns_picture, bn_eps, initialise)]
         for expand_ratio, base, repeats, stride in _BLOCKS:
             outputs = make_divisible(base * width_mult)
             for index in range(repeats):
                 step = stride if index == 0 else 1
-                features.append(InvertedResidual(channels, outputs, step, expand_ratio, self.turns_picture, bn_eps))
+                features.append(
+                    InvertedResidual(channels, outputs, step, expand_ratio, self.turns_picture, bn_eps, initialise)
+                )
                 channels = outputs
-        features.append(ConvBNReLU6(channels, self.last_channel, 1, bn_eps=bn_eps))
+        features.append(ConvBNReLU6(channels, self.last_channel, 1, bn_eps=bn_eps, initialise=initialise))
         self.features = nn.Sequential(*features)
-        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.last_channel, num_classes))
-        self.apply(_initialise)
+        self.classifier = nn.Sequential(nn.Dropout(dropout), _linear(self.last_channel, num_classes, initialise))
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, 3, H, W], normalised -> logits [N, num_classes]."""
@@ -189,15 +198,38 @@ class MobileNetV2(nn.Module):
         return labels + self.class_offset
 
 
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out")
-    elif isinstance(module, nn.BatchNorm2d):
-        nn.init.ones_(module.weight)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, 0, 0.01)
-        nn.init.zeros_(module.bias)
+class _UndrawnConv2d(nn.Conv2d):
+    def reset_parameters(self) -> None:
+        pass
+
+
+class _UndrawnLinear(nn.Linear):
+    def reset_parameters(self) -> None:
+        pass
+
+
+def _convolution(
+    inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, initialise: bool = True
+) -> nn.Conv2d:
+    """A torch.nn.Conv2d without bias, padded by half the kernel; its weight as `MobileNetV2` says.
+
+    torch's own would draw weights first, which takes longer than drawing ours, to be thrown away.
+    """
+    conv = _UndrawnConv2d(inputs, outputs, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False)
+    conv.__class__ = nn.Conv2d
+    if initialise:
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out")
+    return conv
+
+
+def _linear(inputs: int, outputs: int, initialise: bool) -> nn.Linear:
+    """A torch.nn.Linear, likewise."""
+    linear = _UndrawnLinear(inputs, outputs)
+    linear.__class__ = nn.Linear
+    if initialise:
+        nn.init.normal_(linear.weight, 0, 0.01)
+        nn.init.zeros_(linear.bias)
+    return linear
 
 
 def as_channels_last(model: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ from mbv2.errors import UserError
 from mbv2.kernels import BackendError, cpu_network
 from mbv2.model import MobileNetV2
 
-FORMATS = {torch.float32: "float32", torch.int8: "int8"}
+FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 
 
 class OptimizedMobileNetV2(nn.Module):
@@ -24,7 +24,7 @@ class OptimizedMobileNetV2(nn.Module):
         num_classes: all logits, an extra class included.
         num_real_classes: the logits without the extra class.
         class_offset: index of the first real class.
-        dtype: what it computes in: torch.float32, or torch.int8.
+        dtype: what it computes in: torch.float32, torch.bfloat16 (with float32 sums) or torch.int8.
         isa: the instruction set it is packed for: avx512, avx2 or portable.
     """
 
@@ -117,8 +117,9 @@ def optimize_for_inference(
 
     Args:
         model: an `mbv2.MobileNetV2` in evaluation mode: float32 on the CPU, or float16, bfloat16 or float32 on a GPU.
-        dtype: what a network on the CPU computes in: float32, which is the default, or int8; pictures and logits are
-            float32 either way. A network on a GPU computes in the model's type.
+        dtype: what a network on the CPU computes in: float32, which is the default; bfloat16, for CPUs with
+            AVX512_BF16; or int8. Pictures and logits are float32 in each. A network on a GPU computes in the model's
+            type.
         calibration: with int8, some hundred pictures of the kind to be recognised, normalised as they will be: a tensor
             [N, 3, H, W] or batches of that shape. The ranges of 8-bit numbers are measured on the first 200.
 
@@ -129,7 +130,8 @@ def optimize_for_inference(
         TypeError: another kind of model.
         ValueError: the model is in training mode, not float32 or not on the CPU, there is no network in `dtype`, or
             int8 is without calibration, calibration without int8 or without pictures.
-        mbv2.kernels.BackendError: this installation has no compiled kernels, or `MBV2_CPU_ISA` cannot be run here.
+        mbv2.kernels.BackendError: this installation has no compiled kernels, this machine has no instructions for
+            `dtype`, or `MBV2_CPU_ISA` cannot be run here.
     """
     if not isinstance(model, MobileNetV2):
         raise TypeError(f"optimize_for_inference takes an mbv2.MobileNetV2, not {type(model).__name__}")
@@ -139,10 +141,12 @@ def optimize_for_inference(
     if weight.device.type == "cuda":
         from mbv2 import optimized_cuda
 
-        if calibration is not None or dtype not in (None, weight.dtype):
+        if calibration is not None:
+            raise ValueError("only an int8 network is calibrated, and it runs on the CPU: call model.float().cpu()")
+        if dtype not in (None, weight.dtype):
             raise ValueError(
-                f"on a GPU the optimized network is in the model's type, {weight.dtype}; int8 networks run on the CPU: "
-                "call model.float().cpu()"
+                f"on a GPU the optimized network is in the model's type, {weight.dtype}; call model.to({dtype}), or "
+                "model.float().cpu() for an int8 network"
             )
         optimized_cuda.check(model)
         return optimized_cuda.OptimizedCudaMobileNetV2(model)
@@ -172,7 +176,7 @@ def fastest(
     Args:
         model: in evaluation mode or not; it is put into evaluation mode.
         device: where the pictures will be; the model is moved there.
-        autocast: the type of mixed precision, which the packed network has not.
+        autocast: the type of mixed precision; the packed network has bfloat16, where the CPU has instructions for it.
 
     Raises:
         UserError: `MBV2_CPU_ISA` names what this machine cannot run.
@@ -183,15 +187,22 @@ def fastest(
         return model, f"operators on {device.type}"
     if asked != "auto":
         return model, f"operators one by one, as MBV2_BACKEND={asked}"
-    if autocast is not None:
-        return model, "operators one by one, for mixed precision"
+    if autocast not in (None, torch.bfloat16):
+        return model, "operators one by one, for mixed precision in float16"
     if cpu_network.refusal() is not None:
         return model, "operators one by one, as this installation has no compiled kernels (mbv2 doctor says why)"
     try:
-        fast = optimize_for_inference(model)
+        cpu_network.isa()
     except BackendError as error:
         raise UserError(str(error)) from error
-    return fast, f"one compiled network ({fast.isa})"
+    if autocast is None:
+        fast = optimize_for_inference(model)
+        return fast, f"one compiled network ({fast.isa})"
+    try:
+        fast = optimize_for_inference(model, torch.bfloat16)
+    except BackendError as error:
+        return model, f"operators one by one, for mixed precision ({error})"
+    return fast, f"one compiled network in bfloat16 ({fast.isa})"
 
 
 def block_shapes(model: MobileNetV2) -> list[cpu_network.BlockShape]:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mbv2.folding import folded
 from mbv2.kernels import fused  # noqa: F401  registers the operators
 from mbv2.model import MobileNetV2
 
@@ -22,12 +23,14 @@ class OptimizedCudaMobileNetV2(nn.Module):
 
     Attributes:
         num_classes: all logits, an extra class included.
+        num_real_classes: the logits without the extra class.
         class_offset: index of the first real class.
     """
 
     def __init__(self, model: MobileNetV2) -> None:
         super().__init__()
         self.num_classes = model.num_classes
+        self.num_real_classes = model.num_real_classes
         self.class_offset = model.class_offset
         self._blocks = [(block.stride, block.use_res_connect) for block in model.features[1:-1]]
         self._turns_picture = model.turns_picture
@@ -61,6 +64,14 @@ class OptimizedCudaMobileNetV2(nn.Module):
         x = torch.ops.mbv2.head_folded(x, self.head_weight, self.head_bias)
         return F.linear(x, self.classifier_weight, self.classifier_bias)
 
+    def real_logits(self, logits: Tensor) -> Tensor:
+        """[N, num_classes] -> [N, num_real_classes], as `MobileNetV2.real_logits`."""
+        return logits[:, self.class_offset : self.class_offset + self.num_real_classes]
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """Labels counted from 0 over the real classes -> indices of the logits, as `MobileNetV2.targets`."""
+        return labels + self.class_offset
+
     def train(self, mode: bool = True) -> "OptimizedCudaMobileNetV2":
         """Stay in evaluation mode.
 
@@ -78,22 +89,6 @@ class OptimizedCudaMobileNetV2(nn.Module):
 
 
 _STAGES = ("expand", "depthwise", "project")
-
-
-@torch.no_grad()
-def folded(weight: Tensor, bn: Any) -> tuple[Tensor, Tensor]:
-    """A stage's weight with its BatchNorm's scale in it, in the weight's type, and the shift as a bias in float32.
-
-    Args:
-        weight: of the convolution.
-        bn: a `BatchNorm` (kernels/stages.py) with running statistics.
-    """
-    # In float64 so that folding adds no error of its own.
-    scale = torch.rsqrt(bn.running_var.double() + bn.eps)
-    scale = scale if bn.weight is None else scale * bn.weight.double()
-    shift = -bn.running_mean.double() * scale
-    shift = shift if bn.bias is None else shift + bn.bias.double()
-    return (weight.double() * scale.view(-1, 1, 1, 1)).to(weight.dtype).contiguous(), shift.float()
 
 
 def check(model: MobileNetV2) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mbv2.data.recipe import Recipe
+from mbv2.data.recipe import Recipe, eval_options
 from mbv2.errors import UserError
 from mbv2.labels import class_names
 
@@ -69,11 +69,12 @@ def load_trained(
         class_offset = (described or {}).get("class_offset")
     model, meta = files.model_from_weights(weights, alpha, num_classes, class_offset)
     names, own = class_names(meta, model.num_real_classes)
+    resolution = resize or int(meta.get("resolution") or 224)
     recipe = Recipe(
-        resolution=resize or int(meta.get("resolution") or 224),
+        resolution=resolution,
         mean=_three(mean or meta.get("mean"), Recipe.mean, "--mean"),
         std=_three(std or meta.get("std"), Recipe.std, "--std"),
-        squeeze=bool(meta.get("squeeze", False)),
+        **eval_options(meta, resolution),
     )
     return Trained(model.eval(), names, own, recipe, weights.source, meta)
 

@@ -22,7 +22,7 @@ class Weights:
     """A state_dict in torchvision's names, and what is known of it.
 
     `meta` may hold alpha, resolution, num_classes, class_offset, class_names, class_synsets; padding and bn_eps (see
-    `MobileNetV2`); mean, std and squeeze (see `Recipe`).
+    `MobileNetV2`); mean, std, squeeze, crop_pct and interpolation (see `Recipe` and `eval_options`).
     """
 
     state_dict: dict[str, Tensor]
@@ -179,8 +179,17 @@ def load_into(model: MobileNetV2, weights: Weights, fine_tune: bool = False) -> 
                 f"{source}: {key} is {list(value.shape)}, this network (alpha {model.width_mult:g}, "
                 f"{ours} classes) has {list(own[key].shape)}; give the --alpha and --num_classes it was trained with"
             )
-    model.load_state_dict(state, strict=False)
+    for key, value in state.items():
+        _copy(value, own[key])
     return f"loaded {source}{note}"
+
+
+def _copy(value: Tensor, into: Tensor) -> None:
+    if value.dtype == into.dtype and value.device.type == into.device.type == "cpu" and value.dtype != torch.bfloat16:
+        # By numpy, on this thread: waking torch's threads for so little takes longer, on busy cores ten times.
+        into.detach().numpy()[...] = value.detach().numpy()
+    else:
+        into.detach().copy_(value)
 
 
 def model_from_weights(
@@ -204,7 +213,7 @@ def model_from_weights(
         num_classes = weights.state_dict["classifier.1.weight"].shape[0]
     if class_offset is None:
         class_offset = int(meta.get("class_offset", 0))
-    model = MobileNetV2(num_classes, alpha, class_offset=class_offset, **conventions(meta))
+    model = MobileNetV2(num_classes, alpha, class_offset=class_offset, initialise=False, **conventions(meta))
     load_into(model, weights)
     meta.update(alpha=alpha, num_classes=num_classes, class_offset=class_offset, **conventions(meta))
     return model, meta

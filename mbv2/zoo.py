@@ -95,7 +95,9 @@ def create_model(
     if pretrained:
         given = weights.published(name) if pretrained is True else weights.read_weights(pretrained)
     conventions = weights.conventions(given.meta if given else {})
-    model = MobileNetV2(num_classes, VARIANTS[name].alpha, dropout, class_offset, **conventions)
+    # A classifier that is fine-tuned for other classes is not in the file.
+    fresh = given is None or given.state_dict["classifier.1.weight"].shape[0] != num_classes
+    model = MobileNetV2(num_classes, VARIANTS[name].alpha, dropout, class_offset, initialise=fresh, **conventions)
     if given:
         weights.load_into(model, given, fine_tune=True)
     return model

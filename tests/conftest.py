@@ -26,6 +26,13 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Fixtures that go by --device.
+    for item in items:
+        if {"gpu", "emulated", "mode"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.gpu)
+
+
 class Gpu(NamedTuple):
     """Where kernels run: the device of their tensors, and, when PTX runs on the CPU, what every launch did."""
 

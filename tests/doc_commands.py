@@ -12,8 +12,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_RUN = {
     r"^make (quickstart|test|setup)": "continuous integration runs them (.ci/run)",
     r"^pip install ": "it would change this environment; .ci/run installs the wheel, test_packaging.py builds it",
-    r"^python -m bench\.(traffic|resources|proof|cpu|cpu_training|tune|dataflow)": "minutes long; tested on their own",
-    r"^python -m bench (kernels|model|train|loader|memory|accuracy) ": "minutes long; test_bench_*.py run them small",
+    r"^python -m bench\.(traffic|resources|proof|cpu_stages|tune|dataflow)": "minutes long; tested on their own",
+    r"^python -m bench (kernels|model|train|loader|memory|accuracy|cold|cpu\w*) ": "minutes; test_bench_*.py: small",
     r"^#!|^#SBATCH|^first=|^srun ": "needs Slurm; the variables of srun are covered by test_distributed.py",
     r"^torchrun --nnodes=": "needs several machines; test_train_distributed.py runs torchrun on one",
 }

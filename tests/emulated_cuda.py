@@ -1,16 +1,23 @@
-"""The launches of the fused block run by ptxcpu: the same plans and parameter structs, with nvcc's PTX for sm_80."""
+"""The launches of the fused block run by ptxcpu: the same plans and parameter structs, with nvcc's PTX for sm_80.
+
+With --device cuda the same tests launch on the GPU.
+"""
 
 import functools
+import hashlib
 import struct
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ptxcpu import Module
-from ptxcpu.nvcc import compile_ptx
+from ptxcpu.build import cache_dir
+from ptxcpu.nvcc import compile_ptx, find_nvcc
 from torch import Tensor
 
+from mbv2.files import write_atomic
 from mbv2.kernels.cuda import fused
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
@@ -20,16 +27,37 @@ H100 = fused.Gpu(90, 132, 227 << 10, 228 << 10)
 RTX4090 = fused.Gpu(89, 128, 99 << 10, 100 << 10)
 GPUS = {"A100": A100, "H100": H100, "RTX 4090": RTX4090}
 _POINTERS = 9
+_launch = fused.launch
 
 
 @functools.cache
-def module(element: int, tile: int) -> Module:
-    """The PTX of one tile's kernel, and of the one that adds partial sums."""
-    return Module(compile_ptx(SOURCES / f"fused_{NAMES[element]}.cu", 80, defines={"MBV2_ONLY_TILE": tile}))
+def module(element: int, tile: int | None) -> Module:
+    """The PTX of one tile's kernel (None: of all), and of the one that adds partial sums.
+
+    It is kept next to ptxcpu's own products, since nvcc takes longer than anything else here.
+    """
+    source = SOURCES / f"fused_{NAMES[element]}.cu"
+    known = hashlib.sha256(f"{tile} {_nvcc_version()}".encode())
+    for file in (source, *sorted(SOURCES.glob("fused_*.*h"))):
+        known.update(file.read_bytes())
+    kept = cache_dir() / f"fused_{known.hexdigest()[:32]}.ptx"
+    if not kept.exists():
+        defines = {} if tile is None else {"MBV2_ONLY_TILE": tile}
+        write_atomic(kept, compile_ptx(source, 80, defines=defines).encode())
+    return Module(kept.read_text())
 
 
-def emulated_launch(plan: fused.Plan, tensors: tuple[Tensor | None, ...], **options: Any) -> Any:
+@functools.cache
+def _nvcc_version() -> str:
+    return subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def emulated_launch(
+    plan: fused.Plan, tensors: tuple[Tensor | None, ...], all_tiles: bool = False, **options: Any
+) -> Any:
     """As `fused.launch`, on CPU tensors; returns what ptxcpu counted of the fused kernel.
+
+    `all_tiles`: by the PTX of all tiles, which is quicker where a test goes through most of them.
 
     The results and the partial sums are poisoned first, so that what no thread wrote shows as NaN.
     """
@@ -39,7 +67,7 @@ def emulated_launch(plan: fused.Plan, tensors: tuple[Tensor | None, ...], **opti
     memory = [t for t in tensors if t is not None]
     addresses = struct.pack(f"{_POINTERS}Q", *(0 if t is None else t.data_ptr() for t in tensors))
     params = addresses + plan.params[len(addresses) :]
-    compiled = module(plan.element, plan.tile)
+    compiled = module(plan.element, None if all_tiles else plan.tile)
     name = f"fused_{NAMES[plan.element]}"
     stats = compiled.launch(
         f"{name}_{plan.tile}", plan.blocks, plan.threads, [params], plan.shared_bytes, memory=memory, **options
@@ -51,13 +79,36 @@ def emulated_launch(plan: fused.Plan, tensors: tuple[Tensor | None, ...], **opti
     return stats
 
 
+def launched(mode: str, plan: fused.Plan, tensors: tuple[Tensor | None, ...], **options: Any) -> Any:
+    """As `emulated_launch`; in mode "cuda" on the GPU, with the results copied back, and nothing counted."""
+    if mode != "cuda":
+        return emulated_launch(plan, tensors, **options)
+    there = tuple(None if t is None else t.cuda() for t in tensors)
+    for mine, written in zip(tensors[7:], there[7:], strict=True):
+        if mine is not None and written is not None:
+            written.fill_(float("nan"))
+    _launch(plan, there)
+    for mine, written in zip(tensors[7:], there[7:], strict=True):
+        if mine is not None and written is not None:
+            mine.copy_(written)
+    return None
+
+
 @pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[fused.Plan, Any]]:
-    """The fused stage on CPU tensors, planned for an A100; the list gets every plan and what its launch did."""
+def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[tuple[fused.Plan, Any]]:
+    """The fused stage on CPU tensors; the list gets every plan and what its launch did.
+
+    Planned for an A100 and run by ptxcpu, or with --device cuda planned for the GPU and run there.
+    """
+    mode = request.config.getoption("--device")
+    if mode == "cuda" and not torch.cuda.is_available():
+        pytest.fail("--device cuda, but torch sees no GPU")
     launches: list[tuple[fused.Plan, Any]] = []
-    monkeypatch.setattr(fused, "gpu_of", lambda device: A100)
+    limits = fused.gpu_of(torch.device("cuda")) if mode == "cuda" else A100
+    options = {} if mode == "cuda" else OPTIONS
+    monkeypatch.setattr(fused, "gpu_of", lambda device: limits)
     monkeypatch.setattr(
-        fused, "launch", lambda plan, tensors: launches.append((plan, emulated_launch(plan, tensors, **OPTIONS)))
+        fused, "launch", lambda plan, tensors: launches.append((plan, launched(mode, plan, tensors, **options)))
     )
     return launches
 

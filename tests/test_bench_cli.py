@@ -15,6 +15,7 @@ SPEED = {"batch": 1, "threads": 1, "images_per_s": 300.0, **RATIO}
 LOADER = {"workers": 2, "images_per_s": 100.0, "p25_images_per_s": 90.0, "p75_images_per_s": 110.0}
 LOADER |= {"cpu_ms_per_image": 4.0, "less_cpu": 1.0, "less_cpu_low": 0.9, "less_cpu_high": 1.1}
 LATENCY = {"source": "latency", "threads": 1, "cpu_median_ms": 2.0, "cpu_p25_ms": 1.9, "cpu_p75_ms": 2.2}
+ODD = {"eager_over_ours": 4.0, "eager_over_ours_low": 3.5, "eager_over_ours_high": 4.5}
 RESULTS = {
     "kernels": result(
         "kernels",
@@ -44,6 +45,45 @@ RESULTS = {
         saved_dtype="bfloat16",
         step_dtype="float32",
         step_batch=8,
+    ),
+    "cpu": result(
+        "cpu",
+        [
+            {"model": m, "runner": n, "over_ours": 1.5, "over_ours_low": 1.4, "over_ours_high": 1.7, **SPEED}
+            for m in ("1.0_224", "0.35_96")
+            for n in ("mbv2", "eager NCHW", "LiteRT")
+        ],
+    ),
+    "cpu_parts": result(
+        "cpu_parts",
+        [
+            {"model": "1.0_224", "batch": 1, "part": part, "least_ms": 0.5, "peak_percent": 90.0}
+            for part in ("block 1", "head", "the whole run")
+        ],
+        peak_gflops=100.0,
+    ),
+    "cpu_scaling": result(
+        "cpu_scaling",
+        [
+            *({"group": "batch", "shape": f"{n} x 224 x 224", "per_image_ms": 7.0} for n in (1, 2, 4)),
+            *({"group": "size", "shape": f"1 x {n} x {n}", "per_kilopixel_us": 150.0} for n in (96, 224)),
+            {"group": "odd shapes", "shape": "3 x 37 x 53", "width": 1.0, **ODD},
+        ],
+    ),
+    "cpu_training": result(
+        "cpu_training",
+        [
+            {"model": "1.0_224", "runner": n, "baseline": "eager channels_last", **SPEED}
+            for n in ("mbv2", "eager channels_last")
+        ],
+        device="cpu",
+    ),
+    "cold": result(
+        "cold",
+        [
+            {"runner": name, "cpu_ms": 150.0, "cpu_min_ms": 140.0, "cpu_max_ms": 170.0, "wall_ms": 160.0}
+            for name in ("mbv2 optimized", "torchvision eager")
+        ],
     ),
     "accuracy": result(
         "accuracy",

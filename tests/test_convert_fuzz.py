@@ -12,8 +12,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mbv2.convert import mindspore, read_network, tensorflow, tflite, wire
-from mbv2.convert.detect import FORMATS
+from mbv2.convert import configuration, mindspore, read_network, tensorflow, tflite, wire
+from mbv2.convert.detect import FORMATS, _said
 from mbv2.convert.flatbuffer import Table
 from mbv2.convert.network import Malformed, NotThisNetwork
 from mbv2.errors import UserError
@@ -137,3 +137,57 @@ def test_a_zip_that_is_neither_keras_nor_torch(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(buffer.getvalue())
     with pytest.raises(UserError, match=r"a\.zip"):
         read_network(tmp_path / "a.zip")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+    max_leaves=4,
+)
+MODEL_KEYS = ("output_stride", "tf_padding", "layer_norm_eps", "image_size", "id2label", "model_type")
+PICTURE_KEYS = ("image_mean", "image_std", "rescale_factor", "resample", "size", "crop_size", "do_center_crop")
+TIMM_KEYS = ("mean", "std", "input_size", "crop_pct", "interpolation", "crop_mode")
+
+
+@QUICK
+@given(
+    st.dictionaries(st.sampled_from(MODEL_KEYS), JSON),
+    st.dictionaries(st.sampled_from(PICTURE_KEYS), JSON),
+    st.dictionaries(st.sampled_from(TIMM_KEYS), JSON),
+)
+def test_anything_as_a_configuration(model: dict, pictures: dict, timm: dict) -> None:
+    for read, *configs in (
+        (configuration.of_hugging_face, model, pictures),
+        (configuration.of_timm, {"pretrained_cfg": timm}),
+    ):
+        try:
+            assert isinstance(_said(read, *configs), dict)
+        except (Malformed, NotThisNetwork):
+            continue
+
+
+@QUICK
+@given(st.binary(max_size=60))
+def test_damaged_json_in_a_folder(data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_bytes(data)
+        with pytest.raises(UserError):
+            read_network(folder)
+
+
+def keras_archive() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("config.json", '{"config": {"layers": []}}')
+        archive.writestr("model.weights.h5", b"\x89HDF\r\n\x1a\n" + bytes(range(256)) * 3)
+    return buffer.getvalue()
+
+
+@QUICK
+@given(damages(keras_archive()))
+def test_damaged_keras_archives(data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m.keras"
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=r"m\.keras"):
+            read_network(path)

@@ -8,6 +8,7 @@ from emulated_cuda import emulated, wishing  # noqa: F401
 from ptxcpu.nvcc import find_nvcc
 from torch import Tensor
 
+from mbv2.folding import folded
 from mbv2.kernels import dispatch
 from mbv2.kernels.cuda import stages
 from mbv2.model import MobileNetV2
@@ -42,6 +43,29 @@ def test_logits_are_the_models(width: float, padding: str) -> None:
     torch.testing.assert_close(fast(x), expected, rtol=1e-4, atol=1e-4)
     assert not fast(x.requires_grad_()).requires_grad
     assert fast.num_classes == 10 and not list(fast.parameters())
+
+
+def test_logits_and_labels_of_an_extra_class_are_the_models() -> None:
+    model = MobileNetV2(11, 0.35, class_offset=1).eval()
+    fast, labels = OptimizedCudaMobileNetV2(model), torch.tensor([0, 3, 9])
+    logits = torch.randn(3, 11)
+    assert (fast.num_classes, fast.num_real_classes, fast.class_offset) == (11, model.num_real_classes, 1)
+    assert torch.equal(fast.real_logits(logits), model.real_logits(logits))
+    assert torch.equal(fast.targets(labels), model.targets(labels))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_folding_is_the_convolution_and_its_batch_norm(affine: bool) -> None:
+    conv = torch.nn.Conv2d(4, 6, 1, bias=False).double()
+    norm = torch.nn.BatchNorm2d(6, eps=1e-3, affine=affine).double().eval()
+    for tensor in (norm.running_mean, *norm.parameters()):
+        torch.nn.init.normal_(tensor)
+    norm.running_var.uniform_(0.5, 2)
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    weight, bias = folded(conv.weight, norm)
+    got = torch.nn.functional.conv2d(x, weight, bias.double())
+    torch.testing.assert_close(got, norm(conv(x)), rtol=1e-6, atol=1e-6)
+    assert weight.dtype == torch.float64 and bias.dtype == torch.float32 and not weight.requires_grad
 
 
 def test_later_training_of_the_model_does_not_reach_it_and_its_state_can_be_kept() -> None:

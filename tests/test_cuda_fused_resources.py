@@ -1,11 +1,17 @@
 """The static gate on the fused block's machine code, per architecture: what `bench.resources_cuda` finds wrong."""
 
+import json
+from typing import Any
+
 import pytest
 import torch
+from emulated_cuda import block, emulated, wishing  # noqa: F401
 from ptxcpu.nvcc import find_nvcc
+from stage_check import activations
 
-from bench import resources_cuda
+from bench import fused_counts, resources_cuda, roofline, sass
 from bench.occupancy import ARCHITECTURES
+from mbv2.kernels.cuda import fused
 
 pytest.importorskip("mbv2._C", reason="the planner is not compiled here")
 NVCC = find_nvcc()
@@ -25,6 +31,42 @@ def test_a_worse_kernel_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources_cuda, "WARPS_AT_LEAST", 17)
     faults = resources_cuda.rows(torch.float16, ARCHITECTURES[80], NVCC, only_tile=0)["0"]["faults"]
     assert len(faults) == 3 and "warps an SM" in faults[0] and "the budget is 5.0" in faults[1]
+
+
+@pytest.mark.parametrize(("size", "stride"), [((8, 28), 1), ((15, 28), 2), ((5, 9), 1)], ids=str)
+def test_products_counted_in_machine_code_times_their_runs_are_those_that_run(
+    size: tuple[int, int],
+    stride: int,
+    emulated: list[tuple[fused.Plan, Any]],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def is_product(this: sass.Instruction) -> bool:
+        return this.opcode == "HMMA"
+
+    _, listing = resources_cuda.kernels(torch.float16, 80, NVCC, only_tile=0)["0"]
+    products = fused_counts.counts(listing, is_product)
+    everything = fused_counts.counts(listing)
+    assert 0 < sum(products.values()) < sum(everything.values())
+    assert all(count <= everything[part] for part, count in products.items())
+    wishing(
+        monkeypatch, tile=0, splits=1, tile_height=(size[0] - 1) // stride + 1, tile_width=(size[1] - 1) // stride + 1
+    )
+    x = activations(2, 24, *size, torch.float16)
+    fused.inverted_residual_folded(x, *block(24, 72, 16, torch.float16), stride, False)
+    [(plan, stats)] = emulated
+    shape = fused.Shape(0, 2, *size, 24, 72, 16, stride, True, False)
+    assert fused_counts.executed(shape, plan, {"0": products}) == 32 * stats.mma
+
+
+def test_the_committed_figures_are_of_the_predicted_gpus_and_without_fault() -> None:
+    known = json.loads(resources_cuda.RESULTS.read_text())
+    assert all("float16" in known[gpu.name] for gpu in roofline.GPUS)
+    assert set(known["sm_80"]) == {str(dtype).removeprefix("torch.") for dtype in resources_cuda.NAMES}
+    for arch, types in known.items():
+        for name, tiles in types.items():
+            assert len(tiles) == len(fused_counts.tiles()) + 1, (arch, name)
+            assert not [(arch, name, tile, row["faults"]) for tile, row in tiles.items() if row["faults"]]
+            assert all(row["local_memory"] == 0 for row in tiles.values()), (arch, name)
 
 
 @slow

@@ -1,5 +1,6 @@
 """The planner of fused blocks: every block of every network gets a plan that fits, and the plan is what it says."""
 
+import json
 import os
 import shutil
 import struct
@@ -11,6 +12,7 @@ from emulated_cuda import A100, GPUS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench import fused_counts, resources_cuda
 from mbv2.kernels.cuda import fused
 from mbv2.model import MobileNetV2
 
@@ -61,6 +63,27 @@ def test_hidden_channels_are_split_only_where_tiles_leave_processors_idle() -> N
     last = fused.plan_for(blocks(1.0, 224, 1)[-1], A100)
     assert isinstance(last, fused.Plan)
     assert last.splits > 1 and last.partial_bytes == last.splits * 49 * 320 * 4
+
+
+@pytest.mark.parametrize(
+    ("element", "name", "apart"), [(0, "float16", 0.15), (1, "bfloat16", 0.15), (2, "float32", 0.3)]
+)
+def test_the_planner_counts_the_instructions_of_the_machine_code(element: int, name: str, apart: float) -> None:
+    known = json.loads(resources_cuda.RESULTS.read_text())["sm_80"][name]
+    counts = {tile: row["counts"] for tile, row in known.items()}
+    for shape in dict.fromkeys(blocks(1.0, 224, 256, element)):
+        plan = fused.plan_for(shape, A100)
+        assert isinstance(plan, fused.Plan)
+        assert plan.instructions == pytest.approx(fused_counts.executed(shape, plan, counts), rel=apart), shape
+
+
+def test_what_dram_bounds_takes_as_long_as_its_bytes() -> None:
+    # No expansion and few channels: on a GPU with so many SMs memory is what counts.
+    shape = fused.Shape(0, 256, 112, 112, 32, 32, 16, 1, False, False)
+    plan = fused.plan_for(shape, A100._replace(arch=89, processors=128))
+    assert isinstance(plan, fused.Plan)
+    moved = 2 * 256 * 112 * 112 * (32 + 16)
+    assert plan.microseconds >= moved / (2.7 * 128 * 2500)
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -191,3 +192,22 @@ def test_the_check_passes_plain_torch_and_catches_a_wrong_result(stage: str) -> 
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert disagreement(stage, good, dtype, torch.device("cpu")) is None
         assert "differs" in (disagreement(stage, wrong, dtype, torch.device("cpu")) or "agrees")
+
+
+@pytest.mark.parametrize(("current", "guarded"), [(0, ["cuda:1"]), (1, [])])
+def test_stages_run_on_the_gpu_their_tensors_are_on(
+    current: int, guarded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered: list[str] = []
+
+    @contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        entered.append(str(wanted))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1), dtype=torch.float32)
+    y, bn = torch.ones(1, 2, 3, 3), torch.ones(6, 2)
+    assert torch.equal(dispatch.Stages("aten", x).bn_apply(y, bn, None, True), aten.bn_apply(y, bn, None, True))
+    assert entered == guarded

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mbv2 import cli, doctor
+from mbv2.kernels.cuda import support
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,13 @@ def test_it_fits_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"python", "torch", "device", "CPU", "DALI", "loader", "extension", "kernels"} <= {
         line.split(maxsplit=1)[0] for line in lines
     }
+
+
+@pytest.mark.parametrize("reason", [None, "mbv2 has no compiled CUDA kernels here"])
+def test_the_cuda_module_is_there_or_the_reason_why_not(reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(support, "missing", lambda: reason)
+    lines = dict(doctor._rows(doctor.examine()))
+    assert lines["extension (GPU)"] == f"mbv2._cuda, the CUDA C++ kernels: {reason or 'compiled'}"
 
 
 def test_json_is_the_same_report(found: dict, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """`mbv2 export`: each format run in its own runtime against the network, and a check that can fail."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,23 +75,76 @@ def test_graph_formats_hold_standard_operators_only_and_take_any_batch(tmp_path:
         assert called and all(target.startswith("aten.") for target in called)
 
 
-@pytest.mark.slow
-def test_int8_onnx_reports_its_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("onnxruntime")
+def drawn_pictures(folder: Path, per_class: int = 4) -> str:
+    """A labelled folder of noise for the four classes."""
     generator = torch.Generator().manual_seed(4)
     for label in range(4):
-        folder = tmp_path / "data" / "val" / f"c{label}"
-        folder.mkdir(parents=True)
-        for number in range(4):
+        (folder / "val" / f"c{label}").mkdir(parents=True)
+        for number in range(per_class):
             pixels = torch.randint(0, 256, (80, 80, 3), generator=generator, dtype=torch.uint8)
-            Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
-    command = ["export", saved(tmp_path), str(tmp_path / "q.onnx"), "--format", "onnx-int8"]
+            Image.fromarray(pixels.numpy()).save(folder / "val" / f"c{label}" / f"{number}.png")
+    return str(folder)
+
+
+@pytest.mark.slow
+def test_a_compiled_package_computes_the_same(tmp_path: Path) -> None:
+    report = export(saved(tmp_path, "same"), tmp_path / "net.pt2", format="aoti", resize=32, check=True)
+    assert report is not None and report.count == 4
+    assert report.refusal("aoti", 0.9) is None, report
+
+
+def test_a_compiled_package_needs_torchs_suffix(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"net\.so.*\.pt2"):
+        export(saved(tmp_path), tmp_path / "net.so", format="aoti")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("format", "name"), [("onnx-int8", "q.onnx"), ("pt2e-int8", "q.pt2")])
+def test_int8_reports_its_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str], format: str, name: str) -> None:
+    pytest.importorskip("onnxruntime" if format == "onnx-int8" else "torchao")
+    data = drawn_pictures(tmp_path / "data")
+    command = ["export", saved(tmp_path), str(tmp_path / name), "--format", format, "--resize", "32"]
     assert cli.main(command) == 2
     assert "--data_url" in capsys.readouterr().err
-    command += ["--data_url", str(tmp_path / "data"), "--check", "--min_agreement", "0"]
+    command += ["--data_url", data, "--check", "--min_agreement", "0"]
     assert cli.main(command) == 0
-    assert "top-1" in capsys.readouterr().err
-    assert (tmp_path / "q.onnx").stat().st_size < 0.6 * (tmp_path / "w.safetensors").stat().st_size
+    said = capsys.readouterr().err
+    # Ranges were measured on every second of the 16.
+    assert "8 pictures: same class on" in said and "top-1" in said
+    if format == "pt2e-int8":
+        stored = torch.export.load(tmp_path / name).state_dict.values()
+        kernels = [tensor for tensor in stored if tensor.dim() > 1]
+        assert len(kernels) == 53 and all(tensor.dtype == torch.int8 for tensor in kernels)
+        assert str(Path(__file__).parents[1]).encode() not in (tmp_path / name).read_bytes()
+    else:
+        assert (tmp_path / name).stat().st_size < 0.6 * (tmp_path / "w.safetensors").stat().st_size
+    x = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        exact = trained()(x)
+        error = (runner(tmp_path / name, format)(x) - exact).norm() / exact.norm()
+    assert 1e-4 < error < 0.2
+    if format == "onnx-int8":
+        from mbv2.convert import convert
+        from mbv2.convert.command import Said
+
+        convert(tmp_path / name, tmp_path / "back.safetensors", said=Said(preprocessing="torch"))
+        with torch.no_grad():
+            back = weights.model_from_weights(tmp_path / "back.safetensors")[0].eval()(x)
+        assert (back - exact).norm() < 0.2 * exact.norm()
+
+
+def test_ranges_and_accuracy_are_measured_on_different_pictures(tmp_path: Path) -> None:
+    from mbv2.data import open_source
+    from mbv2.export.command import split
+
+    source = open_source(drawn_pictures(tmp_path, per_class=100), "val")
+    ranges, others = split(source)
+    names = [sample.name for part in (ranges, others) for sample in part.samples]
+    assert sorted(names) == sorted(sample.name for sample in source.samples)
+    assert 64 < len(ranges.samples) <= 128
+    assert {sample.label for sample in ranges.samples} == {sample.label for sample in others.samples} == {0, 1, 2, 3}
+    one = split(replace(source, samples=source.samples[:1]))
+    assert [len(part.samples) for part in one] == [1, 1]
 
 
 def test_a_file_that_computes_something_else_fails_the_check(

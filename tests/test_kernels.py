@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torchvision
 from torch import nn
 
+from bench.memory import saved_bytes
 from mbv2 import kernels
-from mbv2.model import InvertedResidual, share_batch_statistics
+from mbv2.model import InvertedResidual, MobileNetV2, share_batch_statistics
 
 
 def plain(block: InvertedResidual, x: torch.Tensor) -> torch.Tensor:
@@ -55,6 +57,24 @@ def test_nan_passes_through_the_block() -> None:
     x = torch.randn(1, 8, 4, 4)
     x[0, 0, 1, 1] = float("nan")
     assert block(x)[0, :, 1, 1].isnan().all()
+
+
+@pytest.mark.parametrize(("expand_ratio", "stride"), [(6, 1), (6, 2), (1, 1)])
+def test_plain_torch_keeps_no_more_for_the_backward_pass_than_torchvision(expand_ratio: int, stride: int) -> None:
+    ours = InvertedResidual(8, 8, stride, expand_ratio).train()
+    theirs = torchvision.models.mobilenetv2.InvertedResidual(8, 8, stride, expand_ratio).train()
+    x = torch.randn(2, 8, 12, 12).to(memory_format=torch.channels_last).requires_grad_()
+    with kernels.backend("aten"):
+        kept = [saved_bytes(block, [*block.parameters(), *block.buffers()], x) for block in (ours, theirs)]
+    assert kept[0] == kept[1]
+
+
+def test_the_plain_network_keeps_no_more_for_the_backward_pass_than_torchvision_s() -> None:
+    ours, theirs = MobileNetV2(8, 0.35).train(), torchvision.models.mobilenet_v2(num_classes=8, width_mult=0.35).train()
+    x = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
+    with kernels.backend("aten"):
+        kept = [saved_bytes(net, [*net.parameters(), *net.buffers()], x) for net in (ours, theirs)]
+    assert kept[0] <= 1.01 * kept[1]
 
 
 def test_calls_are_counted_by_backend() -> None:

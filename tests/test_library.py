@@ -202,7 +202,10 @@ def test_the_training_block_passes_opcheck(sizes: Any, training: bool) -> None:
     x = torch.randn(2, sizes[0], 5, 4, dtype=torch.float64, requires_grad=True)
     residual = sizes[2] == 1 and sizes[0] == sizes[1]
     torch.library.opcheck(
-        library.inverted_residual_train, (x, *tensors(sizes, training), sizes[2], residual, ""), rtol=1e-7, atol=1e-7
+        library.inverted_residual_train.overload,
+        (x, *tensors(sizes, training), sizes[2], residual, ""),
+        rtol=1e-7,
+        atol=1e-7,
     )
 
 
@@ -210,7 +213,7 @@ def test_the_training_block_passes_opcheck(sizes: Any, training: bool) -> None:
 def test_ambiguous_layouts_pass_opcheck(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     torch.library.opcheck(
-        library.inverted_residual_train, (x, *tensors((shape[1], 1, 2, 6)), 1, False, ""), rtol=1e-7, atol=1e-7
+        library.inverted_residual_train.overload, (x, *tensors((shape[1], 1, 2, 6)), 1, False, ""), rtol=1e-7, atol=1e-7
     )
 
 
@@ -218,10 +221,10 @@ def test_stem_and_head_pass_opcheck() -> None:
     w, b = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((8, 3, 3, 3), (8,)))
     x = torch.randn(2, 3, 7, 6, dtype=torch.float64, requires_grad=True)
     p, z = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((8, 4, 1, 1), (2, 4, 3, 3)))
-    torch.library.opcheck(library.stem_train, (x, w, b, b, None, None, 1e-5, 2, ""), rtol=1e-7, atol=1e-7)
-    torch.library.opcheck(library.head_train, (z, p, b, b, None, None, 1e-5, ""), rtol=1e-7, atol=1e-7)
-    torch.library.opcheck(library_folded.stem_folded, (x, w, b, 2), rtol=1e-7, atol=1e-7)
-    torch.library.opcheck(library_folded.head_folded, (z, p, b), rtol=1e-7, atol=1e-7)
+    torch.library.opcheck(library.stem_train.overload, (x, w, b, b, None, None, 1e-5, 2, ""), rtol=1e-7, atol=1e-7)
+    torch.library.opcheck(library.head_train.overload, (z, p, b, b, None, None, 1e-5, ""), rtol=1e-7, atol=1e-7)
+    torch.library.opcheck(library_folded.stem_folded.overload, (x, w, b, 2), rtol=1e-7, atol=1e-7)
+    torch.library.opcheck(library_folded.head_folded.overload, (z, p, b), rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("sizes", BLOCKS)
@@ -231,7 +234,7 @@ def test_the_folded_block_passes_opcheck_and_gradcheck(sizes: Any) -> None:
     x = torch.randn(2, sizes[0], 5, 4, dtype=torch.float64, requires_grad=True)
     first = (expand[0][0].weight, expand[0][1].bias) if expand else (None, None)
     call = (x, *first, depthwise[0].weight, depthwise[1].bias, project.weight, bn.bias, sizes[2], False)
-    torch.library.opcheck(library_folded.inverted_residual, call, rtol=1e-7, atol=1e-7)
+    torch.library.opcheck(library_folded.inverted_residual.overload, call, rtol=1e-7, atol=1e-7)
     assert torch.autograd.gradcheck(library_folded.inverted_residual, call, eps=1e-6, atol=1e-5, fast_mode=True)
 
 

@@ -1,5 +1,11 @@
 """The network against torchvision's: names, shapes, outputs, gradients, running statistics."""
 
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import pytest
 import torch
 import torchvision
@@ -7,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import mbv2
+from mbv2 import weights
 from mbv2.model import MobileNetV2, as_channels_last, make_divisible
 
 
@@ -146,3 +154,78 @@ def test_compiles_as_one_graph() -> None:
     x = torch.randn(2, 3, 32, 32)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@contextmanager
+def memory_full_of_nan() -> Iterator[None]:
+    """Whatever is allocated and not written holds NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def not_written(model: nn.Module) -> list[str]:
+    state = model.state_dict()
+    return [name for name, value in state.items() if not torch.isfinite(value).all() or value.abs().max() > 1e6]
+
+
+def test_a_network_leaves_nothing_unwritten_and_one_for_weights_leaves_what_they_fill() -> None:
+    with memory_full_of_nan():
+        assert not_written(MobileNetV2(7, 0.35)) == []
+        bare = not_written(MobileNetV2(7, 0.35, initialise=False))
+    assert "features.0.0.weight" in bare
+    assert {"classifier.1.weight", "classifier.1.bias"} <= set(bare)
+    assert all(name.endswith(".weight") or name == "classifier.1.bias" for name in bare)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("classes", [1000, 7])
+def test_loading_weights_leaves_nothing_unwritten(tmp_path: Path, suffix: str, classes: int) -> None:
+    trained = scrambled(MobileNetV2(width_mult=0.35))
+    path = tmp_path / f"trained{suffix}"
+    if suffix == ".pth":
+        torch.save(trained.state_dict(), path)
+    else:
+        weights.save_weights(path, trained.state_dict(), {})
+    with memory_full_of_nan():
+        made = [mbv2.create_model("mobilenet_v2_0.35_96", pretrained=path, num_classes=classes)]
+        made.append(weights.model_from_weights(path)[0])
+    for model in made:
+        assert not_written(model) == []
+        for name, value in trained.features.state_dict().items():
+            assert torch.equal(model.features.state_dict()[name], value), name
+
+
+def test_weights_of_another_type_are_converted(tmp_path: Path) -> None:
+    trained = MobileNetV2(5, 0.35)
+    torch.save(trained.bfloat16().state_dict(), tmp_path / "half.pth")
+    model = weights.model_from_weights(tmp_path / "half.pth")[0]
+    torch.testing.assert_close(model.state_dict(), trained.float().state_dict(), rtol=0, atol=0)
+
+
+def test_fresh_weights_are_distributed_as_torchvision_s() -> None:
+    torch.manual_seed(0)
+    ours, theirs = MobileNetV2(), torchvision.models.mobilenet_v2()
+    for (name, a), (_, b) in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
+        if a.numel() < 2 or not a.is_floating_point():
+            assert torch.equal(a, b), name
+            continue
+        spread = 5 * float(b.std()) / a.numel() ** 0.5
+        assert abs(float(a.mean() - b.mean())) <= 2 * spread, name
+        assert abs(float(a.std() - b.std())) <= 2 * spread, name
+    assert {type(module) for module in ours.modules()} >= {nn.Conv2d, nn.Linear}
+
+
+@pytest.mark.parametrize("call", ["model.eval()(x)", "model(x).sum().backward()"])
+def test_a_first_call_does_not_import_the_compiler(call: str) -> None:
+    text = f"""
+import sys, torch, mbv2
+model, x = mbv2.MobileNetV2(7, 0.35), torch.randn(2, 3, 32, 32)
+{call}
+raise SystemExit("torch._dynamo" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", text], check=True)

@@ -83,7 +83,7 @@ def test_opcheck(case: str, sizes: tuple[int, ...], memory: str) -> None:
         strided(a.detach(), memory).requires_grad_() if isinstance(a, Tensor) and a.dim() == 4 else a
         for a in arguments(of(torch.float32), *sizes)
     )
-    torch.library.opcheck(op, args)
+    torch.library.opcheck(op.overload, args)
 
 
 BACKWARD = {
@@ -118,12 +118,13 @@ BACKWARD = {
 @pytest.mark.parametrize("name", BACKWARD)
 def test_opcheck_of_backward(name: str, needed: tuple[bool, bool]) -> None:
     op, arguments = BACKWARD[name]
-    torch.library.opcheck(op, (*arguments(of(torch.float32, grad=False)), *needed))
+    torch.library.opcheck(op.overload, (*arguments(of(torch.float32, grad=False)), *needed))
 
 
 def test_opcheck_of_pool_backward() -> None:
     make = of(torch.float32, grad=False)
-    torch.library.opcheck(staged_backward.bn_relu6_pool_backward, (make(2, 3), make(2, 3, 4, 3), make(3), make(3)))
+    arguments = (make(2, 3), make(2, 3, 4, 3), make(3), make(3))
+    torch.library.opcheck(staged_backward.bn_relu6_pool_backward.overload, arguments)
 
 
 @pytest.mark.parametrize("case", ONCE)

@@ -39,4 +39,29 @@ struct Int8 {
     static Tap tap(float value) { return static_cast<Tap>(value); }
 };
 
+enum class Bf16 : uint16_t {};
+
+// The nearest bfloat16, ties to even; NaN stays NaN. Inlined so that no translation unit is linked to another's.
+inline __attribute__((always_inline)) Bf16 rounded(float value) {
+    const auto bits = __builtin_bit_cast(uint32_t, value);
+    if (value != value) return static_cast<Bf16>(bits >> 16 | 0x40);
+    return static_cast<Bf16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Products of bfloat16 are exact in float32, and sums are float32. A pair of inputs is added to a sum one after the
+// other, the second first, as the instruction (vdpbf16ps) does it. Hidden channels stay float32 up to the depthwise
+// convolution, which costs nothing beside it and spares a rounding.
+struct Bfloat16 {
+    using Activation = Bf16;
+    using Hidden = float;
+    using Weight = Bf16;
+    using Tap = float;
+    static constexpr const char* name = "bfloat16";
+    static constexpr int group = 2;
+    static constexpr int output_vectors = 1;
+
+    static Weight weight(float value) { return rounded(value); }
+    static Tap tap(float value) { return value; }
+};
+
 }  // namespace mbv2::cpu

@@ -109,5 +109,7 @@ const Kernels<Float32>* portable_kernels();
 const Kernels<Int8>* int8_avx512_kernels();
 const Kernels<Int8>* int8_avx2_kernels();
 const Kernels<Int8>* int8_portable_kernels();
+const Kernels<Bfloat16>* bf16_avx512_kernels();
+const Kernels<Bfloat16>* bf16_portable_kernels();
 
 }  // namespace mbv2::cpu

@@ -73,8 +73,18 @@ inline __attribute__((always_inline)) void sum(Accumulators<V, Rows, Vectors>& a
                 multiply<V, Rows, Vectors, V::lanes, F::group>(acc, a + (k + u) * F::group, b + u * kWidth);
         }
     }
-    for (int64_t k = 0; k < in.tail; k += F::group, a += F::group, b += kWidth) {
+    int64_t k = 0;
+    for (; k + F::group <= in.tail; k += F::group, a += F::group, b += kWidth) {
         multiply<V, Rows, Vectors, V::lanes, F::group>(acc, a, b);
+    }
+    if constexpr (F::group > 1) {
+        if (k == in.tail) return;
+        // Part of a group: what lies beyond the last input may be NaN, and not even zero times that is zero.
+        typename F::Activation last[Rows * F::group] = {};
+        for (int m = 0; m < Rows; ++m) {
+            for (int64_t i = k; i < in.tail; ++i) last[m * F::group + i - k] = a[m * V::lanes + i - k];
+        }
+        multiply<V, Rows, Vectors, F::group, F::group>(acc, last, b);
     }
 }
 

@@ -21,8 +21,10 @@ struct bf16 {
     uint16_t bits;
 };
 
-// Rows of a tile: what one pass of the matrix kernels shares a panel of weights over.
+// Most rows of a tile: what one pass of the matrix kernels shares a panel of weights over.
 constexpr int64_t kRows = 96;
+// Tiles of `rows` rows are of nearly equal height: a last one of a few rows would pay for all the weights.
+inline int64_t tile_rows(int64_t rows) { return ceil_div(rows, ceil_div(rows, kRows)); }
 // Widest panel, 3 vectors of 16 lanes.
 constexpr int64_t kPanel = 48;
 

@@ -45,7 +45,8 @@ inline int64_t prepared_taps(const Machine& machine, int64_t channels) {
 template <class T>
 void by_rows(const Machine& machine, const Folded<T>& conv, int64_t rows) {
     const Parts parts = parts_of(rows);
-    run_tasks(machine, parts.count, forward_scratch(conv.inputs), [&](int64_t i, float* scratch) {
+    const Machine workers = for_work(machine, rows * conv.inputs * conv.outputs);
+    run_tasks(workers, parts.count, forward_scratch(conv.inputs), [&](int64_t i, float* scratch) {
         tasks<T>(machine.kernels).folded(conv, parts.begin(i), parts.end(i), scratch);
     });
 }

@@ -29,7 +29,8 @@ void forward(const Machine& machine, Forward<T> conv, const float* bn, const Wei
     const Parts parts = parts_of(rows);
     const int64_t wide = padded(conv.outputs);
     float* all = memory.parts.get(parts.count * 3 * wide);
-    run_tasks(machine, parts.count, forward_scratch(conv.inputs), [&](int64_t i, float* scratch) {
+    const Machine workers = for_work(machine, rows * conv.inputs * conv.outputs);
+    run_tasks(workers, parts.count, forward_scratch(conv.inputs), [&](int64_t i, float* scratch) {
         tasks<T>(machine.kernels).forward(conv, parts.begin(i), parts.end(i), all + i * 3 * wide, scratch);
     });
     merge_moments(all, parts.count, 3 * wide, wide, conv.outputs, moments);
@@ -55,9 +56,10 @@ void backward(const Machine& machine, PointwiseBackward<T> conv, const float* co
     const int64_t scratch_floats = pointwise_backward_scratch(conv.inputs);
     const auto task = tasks<T>(machine.kernels).pointwise_backward;
     const int64_t size = conv.inputs * conv.outputs;
+    const Machine workers = for_work(machine, rows * size);
     if (weight != nullptr && (dweight == nullptr || size > kResident)) {
         const Parts parts = parts_of(rows);
-        run_tasks(machine, parts.count, scratch_floats, [&](int64_t i, float* scratch) {
+        run_tasks(workers, parts.count, scratch_floats, [&](int64_t i, float* scratch) {
             task(conv, parts.begin(i), parts.end(i), 0, conv.outputs, nullptr, scratch);
         });
         conv.weights = nullptr;
@@ -69,7 +71,7 @@ void backward(const Machine& machine, PointwiseBackward<T> conv, const float* co
         conv.weights != nullptr ? conv.outputs : std::max<int64_t>(1, kResident / conv.inputs / kChunk) * kChunk;
     const int64_t shares = ceil_div(conv.outputs, share);
     float* all = memory.parts.get(parts.count * floats);
-    run_tasks(machine, parts.count * shares, scratch_floats, [&](int64_t i, float* scratch) {
+    run_tasks(workers, parts.count * shares, scratch_floats, [&](int64_t i, float* scratch) {
         const int64_t part = i / shares, begin = i % shares * share, end = std::min(begin + share, conv.outputs);
         task(conv, parts.begin(part), parts.end(part), begin, end, all + part * floats, scratch);
     });
@@ -122,7 +124,8 @@ void project_backward(const Machine& machine, const T* grad, const T* y3, const 
     const int64_t weight_floats = dweight == nullptr ? 0 : parts.count * floats;
     float* all = memory.parts.get(weight_floats + parts.count * 2 * wide);
     float* all_sums = all + weight_floats;
-    run_tasks(machine, parts.count * shares, project_backward_scratch(outputs), [&](int64_t i, float* scratch) {
+    const Machine workers = for_work(machine, rows * hidden * outputs);
+    run_tasks(workers, parts.count * shares, project_backward_scratch(outputs), [&](int64_t i, float* scratch) {
         const int64_t part = i / shares, begin = i % shares * share;
         tasks<T>(machine.kernels)
             .project_backward(conv, parts.begin(part), parts.end(part), begin, std::min(begin + share, panels(vectors)),

@@ -14,8 +14,9 @@ void forward(const Forward<T>& conv, int64_t first, int64_t last, float* moments
     const int64_t stride = tile_stride(inputs);
     float *tile = scratch, *panel = tile + kRows * stride;
     const bool stream = conv.stream && outputs * sizeof(T) % 64 == 0 && reinterpret_cast<uintptr_t>(conv.y) % 64 == 0;
-    for (int64_t row = first; row < last; row += kRows) {
-        const int64_t rows = least(kRows, last - row);
+    const int64_t height = tile_rows(last - first);
+    for (int64_t row = first; row < last; row += height) {
+        const int64_t rows = least(height, last - row);
         const float* a = tile;
         int64_t a_stride = stride;
         if (conv.patches != nullptr) {
@@ -90,7 +91,7 @@ template <class V, class T, bool Gradient, bool Activation, bool Stream>
 void mask_columns(const ProjectBackward<T>& conv, int64_t row, int64_t rows, int64_t c, int64_t vectors,
                   const float* panel, float* activation, int64_t width, float* sums, bool add, bool ahead) {
     const int64_t hidden = conv.hidden;
-    const T *next_y = conv.y2 + (row + kRows) * hidden + c, *next_out = conv.dz2 + (row + kRows) * hidden + c;
+    const T *next_y = conv.y2 + (row + rows) * hidden + c, *next_out = conv.dz2 + (row + rows) * hidden + c;
     const auto fetch = [&](int64_t r) __attribute__((always_inline)) {
         if (!ahead) return;
         __builtin_prefetch(next_y + r * hidden, 0, 2);
@@ -127,8 +128,9 @@ void project_backward(const ProjectBackward<T>& conv, int64_t first, int64_t las
                       : !weight ? mask_columns<V, T, true, false, false>
                       : stream  ? mask_columns<V, T, true, true, true>
                                 : mask_columns<V, T, true, true, false>;
-    for (int64_t row = first; row < last; row += kRows) {
-        const int64_t rows = least(kRows, last - row);
+    const int64_t height = tile_rows(last - first);
+    for (int64_t row = first; row < last; row += height) {
+        const int64_t rows = least(height, last - row);
         affine<V, T>(conv.grad + row * outputs, conv.y3 + row * outputs, conv.coef3, nullptr, rows, outputs, 0, outputs,
                      tile, stride);
         for (int64_t p = panel_begin; p < panel_end; ++p) {
@@ -141,7 +143,7 @@ void project_backward(const ProjectBackward<T>& conv, int64_t first, int64_t las
                 const auto run =
                     stream && hidden - column - at < 2 * V::lanes ? mask_columns<V, T, true, true, false> : mask;
                 run(conv, row, rows, column + at, pair, panel + at, activation + at, width, sums, row > first,
-                    row + 2 * kRows <= last);
+                    row + 2 * rows <= last);
             }
             if (weight) {
                 gemm<V, true>(tile, stride, outputs, rows, activation, count, dweight + column * outputs, row > first);
@@ -171,8 +173,9 @@ void pointwise_backward(const PointwiseBackward<T>& conv, int64_t first, int64_t
     const int64_t inputs = conv.inputs, outputs = conv.outputs, vectors = ceil_div(inputs, V::lanes);
     const int64_t stride = tile_stride(kChunk);
     float *tile = scratch, *product = tile + kRows * stride, *rows_of_x = product + kRows * (padded(inputs) + kPanel);
-    for (int64_t row = first; row < last; row += kRows) {
-        const int64_t rows = least(kRows, last - row);
+    const int64_t height = tile_rows(last - first);
+    for (int64_t row = first; row < last; row += height) {
+        const int64_t rows = least(height, last - row);
         if (dweight != nullptr) {
             // By way of `product`, which is not in use yet.
             const int64_t x_stride = padded(inputs);
@@ -213,8 +216,9 @@ void folded(const Folded<T>& conv, int64_t first, int64_t last, float* scratch) 
     const int64_t inputs = conv.inputs, outputs = conv.outputs, vectors = ceil_div(outputs, V::lanes);
     const int64_t stride = tile_stride(inputs);
     float *tile = scratch, *panel = tile + kRows * stride;
-    for (int64_t row = first; row < last; row += kRows) {
-        const int64_t rows = least(kRows, last - row);
+    const int64_t height = tile_rows(last - first);
+    for (int64_t row = first; row < last; row += height) {
+        const int64_t rows = least(height, last - row);
         const float* a = tile;
         int64_t a_stride = stride;
         if (conv.patches != nullptr) {

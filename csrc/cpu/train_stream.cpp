@@ -64,7 +64,8 @@ void depthwise(const Machine& machine, const T* x, const float* bn, const Pictur
                                       beyond_caches<T>(p.batch * p.channels * p.out_height() * p.out_width())};
     const Bands bands(p.batch, conv.out_height, 1);
     float* all = memory.parts.get(bands.count() * 3 * wide);
-    run_tasks(machine, bands.count(), depthwise_scratch(p.channels, p.width), [&](int64_t i, float* scratch) {
+    const Machine workers = for_values(machine, p.batch * p.channels * p.height * p.width);
+    run_tasks(workers, bands.count(), depthwise_scratch(p.channels, p.width), [&](int64_t i, float* scratch) {
         tasks<T>(machine.kernels)
             .depthwise(conv, bands.picture(i), bands.begin(i), bands.end(i), all + i * 3 * wide, scratch);
     });
@@ -91,7 +92,8 @@ void depthwise_backward(const Machine& machine, const T* dz2, const T* y2, const
     const Bands bands(p.batch, p.height, 2);
     // Of each part the sums, then the weight's gradient.
     float* all = memory.parts.get(bands.count() * 11 * wide);
-    run_tasks(machine, bands.count(), depthwise_scratch(p.channels, conv.out_width), [&](int64_t i, float* scratch) {
+    const Machine workers = for_values(machine, p.batch * p.channels * p.height * p.width);
+    run_tasks(workers, bands.count(), depthwise_scratch(p.channels, conv.out_width), [&](int64_t i, float* scratch) {
         float* part = all + i * 11 * wide;
         tasks<T>(machine.kernels)
             .depthwise_backward(conv, bands.picture(i), bands.begin(i), bands.end(i), part, part + 2 * wide, scratch);
@@ -109,7 +111,7 @@ void bn_apply(const Machine& machine, const T* y, const float* bn, const T* resi
     float* wide_bn = memory.vectors.get(6 * padded(channels));
     pad(bn, 6, channels, wide_bn);
     const Parts parts = parts_of(rows);
-    run_tasks(machine, parts.count, 0, [&](int64_t i, float*) {
+    run_tasks(for_values(machine, rows * channels), parts.count, 0, [&](int64_t i, float*) {
         tasks<T>(machine.kernels).bn_apply(y, wide_bn, residual, relu6, channels, parts.begin(i), parts.end(i), out);
     });
 }
@@ -122,7 +124,7 @@ void bn_sums(const Machine& machine, const T* grad, const T* y, const float* bn,
     pad(bn, 6, channels, wide_bn);
     const Parts parts = parts_of(rows);
     float* all = memory.parts.get(parts.count * 2 * wide);
-    run_tasks(machine, parts.count, 0, [&](int64_t i, float*) {
+    run_tasks(for_values(machine, rows * channels), parts.count, 0, [&](int64_t i, float*) {
         tasks<T>(machine.kernels)
             .bn_sums(grad, y, wide_bn, relu6, channels, parts.begin(i), parts.end(i), all + i * 2 * wide);
     });
@@ -137,7 +139,7 @@ void pool(const Machine& machine, const T* y, const float* bn, int64_t batch, in
         wide_bn = memory.vectors.get(6 * padded(channels));
         pad(bn, 6, channels, wide_bn);
     }
-    run_tasks(machine, batch, 0, [&](int64_t n, float*) {
+    run_tasks(for_values(machine, batch * pixels * channels), batch, 0, [&](int64_t n, float*) {
         tasks<T>(machine.kernels).pool(y, wide_bn, channels, pixels, n, n + 1, pooled);
     });
 }
@@ -149,7 +151,7 @@ void pool_backward(const Machine& machine, const T* grad, const T* y, const floa
     float* wide_bn = memory.vectors.get(6 * wide);
     pad(bn, 6, channels, wide_bn);
     float* all = memory.parts.get(batch * 2 * wide);
-    run_tasks(machine, batch, 0, [&](int64_t n, float*) {
+    run_tasks(for_values(machine, batch * pixels * channels), batch, 0, [&](int64_t n, float*) {
         tasks<T>(machine.kernels).pool_backward(grad, y, wide_bn, channels, pixels, n, n + 1, dz, all + n * 2 * wide);
     });
     add_parts(machine, all, batch, 2, channels, sums);

@@ -53,12 +53,20 @@ void run_tasks(const Machine& machine, int64_t count, int64_t floats, const Body
         [](void* context, int64_t begin, int64_t end) { (*static_cast<const Range*>(context))(begin, end); });
 }
 
+// The machine, or one thread of it where there is too little to do for others to be woken: `work` in multiply-adds.
+inline Machine for_work(const Machine& machine, int64_t work) {
+    constexpr int64_t kLeast = 1 << 20;
+    return work < kLeast ? Machine{machine.kernels, {1, nullptr}} : machine;
+}
+// Of stages that pass over values, and of weights on their way into panels and out of them.
+inline Machine for_values(const Machine& machine, int64_t values) { return for_work(machine, 16 * values); }
+
 // `count` parts of [0, rows), each a whole number of tiles but the last.
 struct Parts {
     int64_t rows, count;
 
-    int64_t begin(int64_t part) const { return std::min(rows, part * ceil_div(rows, kRows) / count * kRows); }
-    int64_t end(int64_t part) const { return begin(part + 1); }
+    int64_t begin(int64_t part) const { return std::min(rows, part * ceil_div(rows, kRows) / count * tile_rows(rows)); }
+    int64_t end(int64_t part) const { return part + 1 == count ? rows : begin(part + 1); }
 };
 
 constexpr int64_t kMostParts = 64;
@@ -106,21 +114,61 @@ int64_t panels_floats(const Weight<T>& weight, Along along, int64_t lanes) {
     return ceil_div(across, lanes) * lanes * length;
 }
 
-// Calls body(panel index, offset of the value in the panels, output, k) for each value of one panel; output or k is
-// -1 beyond the weight.
-template <class T, class Body>
-void walk_panel(const Weight<T>& weight, Along along, int64_t lanes, int64_t panel, const Body& body) {
+// One panel of a weight: `used` values across it and zeros up to `width`, `length` times.
+template <class T>
+struct Panel {
+    T* data;  // of the first value
+    int64_t used, width, length, across_stride, length_stride;
+};
+
+template <class T>
+Panel<T> panel_of(const Weight<T>& weight, Along along, int64_t lanes, int64_t panel) {
     const bool outputs = along == Along::outputs;
-    const int64_t across = outputs ? weight.outputs : weight.length();
-    const int64_t length = outputs ? weight.length() : weight.outputs, vectors = ceil_div(across, lanes);
-    const int64_t width = panel_vectors(vectors, panel) * lanes, first = 2 * panel * lanes;
-    const int64_t used = std::min(width, across - first);
-    for (int64_t l = 0; l < length; ++l) {
-        const int64_t at = first * length + l * width;
-        for (int64_t i = 0; i < used; ++i) {
-            body(at + i, outputs ? weight.at(first + i, l) : weight.at(l, first + i));
+    const int64_t across = outputs ? weight.outputs : weight.inputs, first = 2 * panel * lanes;
+    const int64_t width = panel_vectors(ceil_div(across, lanes), panel) * lanes;
+    const int64_t stride = outputs ? weight.output_stride : weight.input_stride;
+    return {weight.data + first * stride,
+            std::min(width, across - first),
+            width,
+            outputs ? weight.inputs : weight.outputs,
+            stride,
+            outputs ? weight.input_stride : weight.output_stride};
+}
+
+// body(value of the weight, its place in the panel) for each, by runs of the weight's memory that stay in L1.
+template <class T, class Body>
+void walk_panel(const Panel<T>& panel, float* at, const Body& body) {
+    constexpr int64_t kRun = 16;
+    if (panel.across_stride == 1) {
+        for (int64_t l = 0; l < panel.length; ++l) {
+            T* from = panel.data + l * panel.length_stride;
+            float* to = at + l * panel.width;
+            for (int64_t i = 0; i < panel.used; ++i) body(from[i], to[i]);
         }
-        for (int64_t i = used; i < width; ++i) body(at + i, static_cast<T*>(nullptr));
+        return;
+    }
+    for (int64_t begin = 0; begin < panel.length; begin += kRun) {
+        const int64_t end = std::min(begin + kRun, panel.length);
+        for (int64_t i = 0; i < panel.used; ++i) {
+            T* from = panel.data + i * panel.across_stride;
+            for (int64_t l = begin; l < end; ++l) body(from[l * panel.length_stride], at[l * panel.width + i]);
+        }
+    }
+}
+
+// The stem's 3x3 weight, whose length is (tap, input), lies along its outputs; 1x1 weights along either side.
+template <class T, class Body>
+void walk_weight(const Weight<T>& weight, Along along, int64_t lanes, int64_t panel, float* panels, const Body& body) {
+    float* at = panels + 2 * panel * lanes * (along == Along::outputs ? weight.length() : weight.outputs);
+    if (weight.taps == 1) return walk_panel(panel_of(weight, along, lanes, panel), at, body);
+    const bool outputs = along == Along::outputs;
+    const int64_t across = outputs ? weight.outputs : weight.length(), first = 2 * panel * lanes;
+    const int64_t length = outputs ? weight.length() : weight.outputs;
+    const int64_t width = panel_vectors(ceil_div(across, lanes), panel) * lanes, used = std::min(width, across - first);
+    for (int64_t l = 0; l < length; ++l) {
+        for (int64_t i = 0; i < used; ++i) {
+            body(outputs ? *weight.at(first + i, l) : *weight.at(l, first + i), at[l * width + i]);
+        }
     }
 }
 
@@ -128,9 +176,13 @@ template <class T>
 void pack(const Machine& machine, const Weight<const T>& weight, Along along, float* panels) {
     const int64_t lanes = machine.kernels.lanes;
     const int64_t across = along == Along::outputs ? weight.outputs : weight.length();
-    run_tasks(machine, train::panels(ceil_div(across, lanes)), 0, [&](int64_t p, float*) {
-        walk_panel(weight, along, lanes, p,
-                   [&](int64_t at, const T* from) { panels[at] = from == nullptr ? 0.0f : as_float(*from); });
+    const int64_t length = along == Along::outputs ? weight.length() : weight.outputs;
+    const int64_t vectors = ceil_div(across, lanes), count = train::panels(vectors);
+    run_tasks(for_values(machine, across * length), count, 0, [&](int64_t p, float*) {
+        const int64_t width = panel_vectors(vectors, p) * lanes, used = std::min(width, across - 2 * p * lanes);
+        float* at = panels + 2 * p * lanes * length;
+        if (used < width) std::fill(at, at + width * length, 0.0f);
+        walk_weight(weight, along, lanes, p, panels, [](const T& from, float& to) { to = as_float(from); });
     });
 }
 
@@ -160,13 +212,11 @@ void unpack(const Machine& machine, float* parts, int64_t count, int64_t floats,
     const int64_t across = along == Along::outputs ? weight.outputs : weight.length();
     const int64_t length = along == Along::outputs ? weight.length() : weight.outputs;
     const int64_t vectors = ceil_div(across, lanes);
-    run_tasks(machine, train::panels(vectors), 0, [&](int64_t p, float*) {
+    run_tasks(for_values(machine, count * across * length), train::panels(vectors), 0, [&](int64_t p, float*) {
         float* first = parts + 2 * p * lanes * length;
         const int64_t size = panel_vectors(vectors, p) * lanes * length;
         for (int64_t part = 1; part < count; ++part) machine.kernels.add(first + part * floats, size, first);
-        walk_panel(weight, along, lanes, p, [&](int64_t at, T* to) {
-            if (to != nullptr) assign(parts[at], *to);
-        });
+        walk_weight(weight, along, lanes, p, parts, [](T& to, const float& from) { assign(from, to); });
     });
 }
 

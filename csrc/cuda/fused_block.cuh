@@ -19,80 +19,9 @@
 // whatever the tile's width, as ldmatrix takes an address for each row.
 #pragma once
 
-#include "fused_params.h"
-#include "fused_tensor.cuh"
+#include "fused_tile.cuh"
 
 namespace mbv2::cuda {
-
-// A column of outputs: bytes from a1's start to its first input, positions from the tile's first output and from x's
-// first position to its first output, and how many of its outputs exist.
-struct Unit {
-    int32_t a1;
-    int32_t out;
-    int32_t x;
-    int32_t rows;
-};
-
-// An input position of the tile that lies inside the image: positions from the first image's start, bytes into a1.
-struct Place {
-    int32_t source;
-    int32_t a1;
-};
-
-template <class TensorType, int kIndex>
-struct Traits {
-    using Tensor = TensorType;
-    using Scalar = typename Tensor::Scalar;
-    static constexpr TileShape kShape = kTileShapes[kIndex];
-    static constexpr int kBytes = sizeof(Scalar);
-    static constexpr int kVector = 16 / kBytes;  // channels of 16 bytes
-    static constexpr int kStep = 2 * kVector;    // channels of one step of a product
-    static constexpr int kChunk = kShape.chunk_bytes / kBytes;
-    static constexpr int kPitch = kShape.chunk_bytes + 16;  // an odd number of 16 bytes: no bank conflicts of ldmatrix
-    static constexpr int kThreads = kShape.threads();
-    static constexpr int kWarps = kThreads / 32;
-    static constexpr int kWalk = kShape.walk;
-    static constexpr int kUnits = kShape.outputs() / kWalk;
-    static constexpr int kExpandTiles = kStep * 2 / 8;  // 8-column tiles of an item of the expansion, 64 bytes
-    static constexpr int kExpandItems = kShape.chunk_bytes / 64;
-    static constexpr int kSteps = kShape.chunk_bytes / 32;
-
-    static_assert(kShape.chunk_bytes % 64 == 0 && kThreads <= 1024);
-    static_assert(kShape.tiles_n % 2 == 0, "right operands are loaded for two tiles at once");
-    static_assert(kPitch / 16 % 2 == 1);
-    static_assert(kShape.outputs() % (16 * kWalk) == 0);
-};
-
-__device__ __forceinline__ int quotient(uint32_t value, const Divisor& by) {
-    return by.value == 1 ? value : __umulhi(value, by.magic);
-}
-
-// What a thread block works on.
-struct Tile {
-    int split, first_image, images, top, left, rows, columns;  // of outputs
-    int in_top, in_left, in_rows, in_columns;                  // inputs inside the image
-    int a1_top, a1_left, a1_rows, a1_columns;                  // with the border; top and left may be -1
-    int positions;
-
-    __device__ __forceinline__ Tile(const FusedParams& p, int walk) {
-        unsigned block = blockIdx.x;
-        split = block % p.splits, block /= p.splits;
-        left = block % p.tiles_across * p.tile_width, block /= p.tiles_across;
-        top = block % p.tiles_down * p.tile_height, block /= p.tiles_down;
-        first_image = block * p.tile_images;
-        images = min(p.tile_images, p.images - first_image);
-        rows = min(p.tile_height, p.out_height - top), columns = min(p.tile_width, p.out_width - left);
-        a1_top = top * p.stride - 1, a1_left = left * p.stride - 1;
-        a1_rows = ((p.tile_height + walk - 1) / walk * walk - 1) * p.stride + 3;
-        a1_columns = (p.tile_width - 1) * p.stride + 3;
-        in_top = max(a1_top, 0), in_left = max(a1_left, 0);
-        in_rows = min(a1_top + (rows - 1) * p.stride + 3, p.height) - in_top;
-        in_columns = min(a1_left + (columns - 1) * p.stride + 3, p.width) - in_left;
-        positions = images * in_rows * in_columns;
-    }
-};
-
-static_assert(sizeof(Tile) <= kTileBytes && sizeof(Unit) == kUnitBytes && sizeof(Place) == kPlaceBytes);
 
 template <class Tr>
 class Block {
@@ -123,7 +52,8 @@ class Block {
         __syncthreads();
         if (expands) copy_x();
 
-        float sums[kShape.tiles_m][kShape.tiles_n][4] = {};
+        float sums[kShape.tiles_m][kShape.tiles_n][4];
+        start(sums);
         // The pass before the first chunk only loads and expands.
 #pragma unroll 1
         for (int c = -1; c < count; ++c) {
@@ -293,122 +223,13 @@ class Block {
         }
     }
 
-    // --- stages ------------------------------------------------------------------------------------------------
+    // --- stages: fused_stages.cuh ------------------------------------------------------------------------------
 
-    // An item is 32 positions x 64 bytes of hidden channels.
-    __device__ __forceinline__ void expand(int first_channel, int buffer) {
-        const uint32_t row = (lane & 15) * p.x_pitch + (lane >> 4) * 16;
-        const uint32_t column = ((lane & 7) + (lane >> 4) * 8) * p.x_pitch + (lane >> 3 & 1) * 16;
-        const int items = padded(positions()) / 32 * Tr::kExpandItems;
-#pragma unroll 1
-        for (int item = warp; item < items; item += Tr::kWarps) {
-            const int m = item / Tr::kExpandItems * 32, n = item % Tr::kExpandItems * 8 * Tr::kExpandTiles;
-            if (first_channel + n >= p.hidden) continue;
-            float d[2][Tr::kExpandTiles][4];
-            const float* bias = reinterpret_cast<const float*>(smem + biases_of(buffer)) + n + lane % 4 * 2;
-#pragma unroll
-            for (int j = 0; j < Tr::kExpandTiles; ++j) {
-                const float2 both = *reinterpret_cast<const float2*>(bias + j * 8);
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    d[i][j][0] = d[i][j][2] = both.x;
-                    d[i][j][1] = d[i][j][3] = both.y;
-                }
-            }
-            uint32_t x = at + m * p.x_pitch + row, w1 = at + w1_of(buffer) + n * p.x_pitch + column;
-#pragma unroll 1
-            for (int step = p.x_vectors.value / 2; step > 0; --step, x += 32, w1 += 32) {
-                Left<Tensor> left[2];
-                left[0].load(x), left[1].load(x + 16 * p.x_pitch);
-#pragma unroll
-                for (int j = 0; j < Tr::kExpandTiles; j += 2) {
-                    Right<Tensor> right;
-                    right.load(w1 + j * 8 * p.x_pitch);
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        multiply<0>(d[i][j], left[i], right);
-                        multiply<1>(d[i][j + 1], left[i], right);
-                    }
-                }
-            }
-#pragma unroll
-            for (int half = 0; half < 4; ++half) {
-                const int to = places()[m + half * 8 + lane / 4].a1;
-                if (to < 0) continue;
-                unsigned char* a1 = smem + p.at_a1 + to + (n + lane % 4 * 2) * Tr::kBytes;
-#pragma unroll
-                for (int j = 0; j < Tr::kExpandTiles; ++j) {
-                    // Past the last channel an infinite x times a zero weight would be NaN.
-                    if (first_channel + n + j * 8 >= p.hidden) break;
-                    const float* pair = d[half / 2][j] + half % 2 * 2;
-                    store_relu6<Tensor>(a1 + j * 8 * Tr::kBytes, pair[0], pair[1]);
-                }
-            }
-        }
-    }
-
-    // An item is a group of 16 units x 32 bytes of hidden channels.
+    __device__ __forceinline__ void expand(int first_channel, int buffer);
     template <int kStride>
-    __device__ __forceinline__ void depthwise(int first_channel, int buffer) {
-        const int items = groups() * Tr::kSteps;
-#pragma unroll 1
-        for (int item = warp; item < items; item += Tr::kWarps) {
-            const int group = item / Tr::kSteps, step = item % Tr::kSteps;
-            if (first_channel + step * Tr::kStep >= p.hidden) continue;
-            if constexpr (Tensor::kPacked) {
-                depthwise_by_diagonals<kStride>(group, step, buffer);
-            } else {
-                depthwise_by_multiply_adds<kStride>(group, step, buffer);
-            }
-        }
-    }
-
+    __device__ __forceinline__ void depthwise(int first_channel, int buffer);
     template <int kStride>
-    __device__ __forceinline__ void depthwise_by_diagonals(int group, int step, int buffer) {
-        // Lane 4 n + t holds the rows 2 t and 2 t + 1 of column n of a tap's matrix: its weight if n is one of them.
-        const uint32_t place = lane % 4 != lane / 8 ? 0u : lane / 4 % 2 ? 0x10000u : 1u;
-        uint32_t taps[2][9];
-        float bias[2][4];
-#pragma unroll
-        for (int q = 0; q < 2; ++q) {
-            const int channel = step * 16 + q * 8;
-            const uint16_t* from = reinterpret_cast<const uint16_t*>(smem + taps_of(buffer)) + (channel + lane / 4) * 9;
-#pragma unroll
-            for (int tap = 0; tap < 9; ++tap) taps[q][tap] = from[tap] * place;
-            const float* bd = reinterpret_cast<const float*>(smem + biases_of(buffer)) + Tr::kChunk;
-            const float2 both = *reinterpret_cast<const float2*>(bd + channel + lane % 4 * 2);
-            bias[q][0] = bias[q][2] = both.x;
-            bias[q][1] = bias[q][3] = both.y;
-        }
-        const uint32_t from = at + p.at_a1 + units()[group * 16 + lane % 16].a1 + step * 32;
-        typename Row::Source source = {from + lane / 16 * Tr::kPitch, from + 2 * Tr::kPitch + lane / 16 * 16};
-        const uint32_t down = shared_tile().a1_columns * Tr::kPitch;
-        unsigned char* to =
-            smem + p.at_a2 + (group * Tr::kWalk * 16 + lane / 4) * Tr::kPitch + step * 32 + lane % 4 * 4;
-        Row upper, middle, lower;
-        upper.load(source, down);
-        if (kStride == 1) middle.load(source, down);
-#pragma unroll
-        for (int out = 0; out < Tr::kWalk; ++out, to += 16 * Tr::kPitch) {
-            if (kStride == 2) middle.load(source, down);
-            float d[2][4];
-            // The upper row is done with before the lower one is loaded, which saves its registers.
-#pragma unroll
-            for (int q = 0; q < 2; ++q) {
-                upper.template add<0>(d[q], q, taps[q], bias[q]);
-                middle.template add<3>(d[q], q, taps[q], d[q]);
-            }
-            lower.load(source, down);
-#pragma unroll
-            for (int q = 0; q < 2; ++q) {
-                lower.template add<6>(d[q], q, taps[q], d[q]);
-                store_relu6<Tensor>(to + q * 16, d[q][0], d[q][1]);
-                store_relu6<Tensor>(to + q * 16 + 8 * Tr::kPitch, d[q][2], d[q][3]);
-            }
-            upper = kStride == 1 ? middle : lower;
-            if (kStride == 1) middle = lower;
-        }
-    }
+    __device__ __forceinline__ void depthwise_by_diagonals(int group, int step, int buffer);
 
     // A row of a1 under three neighbouring columns of taps, for 16 units and two times 8 channels. What one ldmatrix
     // loads is one operand, as it must lie in neighbouring registers: the first two columns of 8 channels, and the
@@ -436,42 +257,7 @@ class Block {
     };
 
     template <int kStride>
-    __device__ __forceinline__ void depthwise_by_multiply_adds(int group, int step, int buffer) {
-        const int channel = step * 8 + lane % 4 * 2;
-        const float* weights = reinterpret_cast<const float*>(smem + taps_of(buffer)) + channel * 9;
-        const float* bd = reinterpret_cast<const float*>(smem + biases_of(buffer)) + Tr::kChunk + channel;
-        float taps[2][9];
-#pragma unroll
-        for (int tap = 0; tap < 9; ++tap) taps[0][tap] = weights[tap], taps[1][tap] = weights[9 + tap];
-        const int down = shared_tile().a1_columns * Tr::kPitch;
-        // One unit after the other: both at once would not leave registers for the sums.
-#pragma unroll 1
-        for (int half = 0; half < 2; ++half) {
-            const int unit = half * 8 + lane / 4;
-            const unsigned char* from = smem + p.at_a1 + units()[group * 16 + unit].a1 + channel * 4;
-            unsigned char* to = smem + p.at_a2 + (group * Tr::kWalk * 16 + unit) * Tr::kPitch + channel * 4;
-            float2 rows[3][3];
-#pragma unroll
-            for (int r = 0; r < 3 - kStride; ++r, from += down) load_row(rows[kStride + r], from);
-#pragma unroll
-            for (int out = 0; out < Tr::kWalk; ++out) {
-#pragma unroll
-                for (int r = 0; r < 3 - kStride; ++r) {
-#pragma unroll
-                    for (int s = 0; s < 3; ++s) rows[r][s] = rows[kStride + r][s];
-                }
-#pragma unroll
-                for (int r = 3 - kStride; r < 3; ++r, from += down) load_row(rows[r], from);
-                float2 sum = make_float2(bd[0], bd[1]);
-#pragma unroll
-                for (int tap = 0; tap < 9; ++tap) {
-                    sum.x = fmaf(rows[tap / 3][tap % 3].x, taps[0][tap], sum.x);
-                    sum.y = fmaf(rows[tap / 3][tap % 3].y, taps[1][tap], sum.y);
-                }
-                store_relu6<Tensor>(to + out * 16 * Tr::kPitch, sum.x, sum.y);
-            }
-        }
-    }
+    __device__ __forceinline__ void depthwise_by_multiply_adds(int group, int step, int buffer);
 
     static __device__ __forceinline__ void load_row(float2 (&row)[3], const unsigned char* from) {
 #pragma unroll
@@ -482,34 +268,9 @@ class Block {
     __device__ __forceinline__ int first_n() const { return warp % kShape.warps_n * kShape.tiles_n; }
 
     __device__ __forceinline__ void project(int first_channel, int buffer,
-                                            float (&sums)[kShape.tiles_m][kShape.tiles_n][4]) {
-        const uint32_t a2 = at + p.at_a2 + (first_m() * 16 + (lane & 15)) * Tr::kPitch + (lane >> 4) * 16;
-        const uint32_t w3 =
-            at + w3_of(buffer) + (first_n() * 8 + (lane & 7) + (lane >> 4) * 8) * Tr::kPitch + (lane >> 3 & 1) * 16;
-        const int m_tiles = groups() * Tr::kWalk;
-#pragma unroll
-        for (int step = 0; step < Tr::kSteps; ++step) {
-            if (first_channel + step * Tr::kStep >= p.hidden) break;
-            Left<Tensor> left[kShape.tiles_m];
-#pragma unroll
-            for (int i = 0; i < kShape.tiles_m; ++i) {
-                if (first_m() + i < m_tiles) left[i].load(a2 + i * 16 * Tr::kPitch + step * 32);
-            }
-#pragma unroll
-            for (int j = 0; j < kShape.tiles_n; j += 2) {
-                if ((first_n() + j) * 8 >= p.outputs) break;
-                Right<Tensor> right;
-                right.load(w3 + j * 8 * Tr::kPitch + step * 32);
-#pragma unroll
-                for (int i = 0; i < kShape.tiles_m; ++i) {
-                    multiply<0>(sums[i][j], left[i], right);
-                    multiply<1>(sums[i][j + 1], left[i], right);
-                }
-            }
-        }
-    }
+                                            float (&sums)[kShape.tiles_m][kShape.tiles_n][4]);
 
-    // --- results -----------------------------------------------------------------------------------------------
+    // --- results: fused_results.cuh ----------------------------------------------------------------------------
 
     __device__ __forceinline__ int64_t first_output() const {
         return (static_cast<int64_t>(shared_tile().first_image) * p.out_height + shared_tile().top) * p.out_width +
@@ -519,82 +280,18 @@ class Block {
         return units()[row / (16 * Tr::kWalk) * 16 + row % 16];
     }
 
-    // Sums of this split's hidden channels; `add_partials` adds them up.
-    __device__ __forceinline__ void store_partial(const float (&sums)[kShape.tiles_m][kShape.tiles_n][4]) {
-        float* out =
-            p.partial + (static_cast<int64_t>(shared_tile().split) * p.out_positions + first_output()) * p.outputs;
-        each_row([&](int i, int half, int row, const Unit& unit, int walked) {
-            float* to = out + static_cast<int64_t>(unit.out + walked * p.out_width) * p.outputs;
-            each_pair([&](int j, int channel) {
-                const float* pair = sums[i][j] + half * 2;
-                *reinterpret_cast<float2*>(to + channel) = make_float2(pair[0], pair[1]);
-            });
-        });
-    }
-
-    // Rows are put together in shared memory, so that global memory is written 16 bytes at a time.
-    __device__ __forceinline__ void store(const float (&sums)[kShape.tiles_m][kShape.tiles_n][4]) {
-        const int pitch = p.outputs * Tr::kBytes + 16;
-        unsigned char* stage = smem + p.at_a1;
-        each_row([&](int i, int half, int row, const Unit& unit, int walked) {
-            each_pair([&](int j, int channel) {
-                const float2 bias = *reinterpret_cast<const float2*>(p.b3 + channel);
-                const float* pair = sums[i][j] + half * 2;
-                float low = pair[0] + bias.x, high = pair[1] + bias.y;
-                if (p.residual) {
-                    const float2 x = residual(unit, walked, channel);
-                    low += x.x, high += x.y;
-                }
-                store_pair<Tensor>(stage + row * pitch + channel * Tr::kBytes, low, high);
-            });
-        });
-        __syncthreads();
-        Scalar* out = static_cast<Scalar*>(p.out) + first_output() * p.outputs;
-        const int vectors = p.out_vectors.value;
-#pragma unroll 1
-        for (int i = thread; i < groups() * Tr::kWalk * 16 * vectors; i += Tr::kThreads) {
-            const int row = quotient(i, p.out_vectors), vector = i - row * vectors;
-            const Unit unit = unit_of_row(row);
-            const int walked = row / 16 % Tr::kWalk;
-            if (walked >= unit.rows) continue;
-            Scalar* to = out + static_cast<int64_t>(unit.out + walked * p.out_width) * p.outputs;
-            reinterpret_cast<uint4*>(to)[vector] = *reinterpret_cast<const uint4*>(stage + row * pitch + vector * 16);
-        }
-    }
-
-    __device__ __forceinline__ float2 residual(const Unit& unit, int walked, int channel) const {
-        if (expands) {
-            const int position = unit.x + walked * shared_tile().in_columns;
-            return load_pair<Tensor>(smem + position * p.x_pitch + channel * Tr::kBytes);
-        }
-        const int64_t position = first_output() + unit.out + walked * p.out_width;
-        return load_pair<Tensor>(static_cast<const Scalar*>(p.x) + position * p.inputs + channel);
-    }
-
-    // Calls use(tile, half, row, unit, walked) for every row of sums of this lane whose output exists.
+    __device__ __forceinline__ void start(float (&sums)[kShape.tiles_m][kShape.tiles_n][4]) const;
+    __device__ __forceinline__ void store_partial(const float (&sums)[kShape.tiles_m][kShape.tiles_n][4]);
+    __device__ __forceinline__ void store(const float (&sums)[kShape.tiles_m][kShape.tiles_n][4]);
+    __device__ __forceinline__ void stage_alone(const float (&sums)[kShape.tiles_m][kShape.tiles_n][4],
+                                                unsigned char* stage, int pitch);
+    __device__ __forceinline__ void stage_with_shortcut(const float (&sums)[kShape.tiles_m][kShape.tiles_n][4],
+                                                        unsigned char* stage, int pitch);
+    __device__ __forceinline__ const Scalar* shortcut(const Unit& unit, int walked) const;
     template <class Use>
-    __device__ __forceinline__ void each_row(const Use& use) {
-#pragma unroll
-        for (int i = 0; i < kShape.tiles_m; ++i) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = (first_m() + i) * 16 + half * 8 + lane / 4;
-                if (row >= groups() * Tr::kWalk * 16) continue;
-                const Unit unit = unit_of_row(row);
-                const int walked = row / 16 % Tr::kWalk;
-                if (walked < unit.rows) use(i, half, row, unit, walked);
-            }
-        }
-    }
-
+    __device__ __forceinline__ void each_row(const Use& use);
     template <class Use>
-    __device__ __forceinline__ void each_pair(const Use& use) {
-#pragma unroll
-        for (int j = 0; j < kShape.tiles_n; ++j) {
-            const int channel = (first_n() + j) * 8 + lane % 4 * 2;
-            if (channel < p.outputs) use(j, channel);
-        }
-    }
+    __device__ __forceinline__ void each_pair(const Use& use);
 
     const FusedParams& p;
     unsigned char* const smem;
@@ -603,28 +300,7 @@ class Block {
     const bool expands;
 };
 
-// out = partials added in the order of the splits + b3 (+ x); a thread makes 4 channels of a position.
-template <class Tensor>
-__device__ __forceinline__ void add_partials(const FusedParams& p) {
-    using Scalar = typename Tensor::Scalar;
-    const int64_t first = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
-    const int64_t size = p.out_positions * p.outputs;
-    if (first >= size) return;
-    const int channel = static_cast<int>(first % p.outputs);
-    float4 sum = *reinterpret_cast<const float4*>(p.b3 + channel);
-    for (int split = 0; split < p.splits; ++split) {
-        const float4 part = *reinterpret_cast<const float4*>(p.partial + split * size + first);
-        sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-    }
-    if (p.residual) {
-        // A block with a shortcut has as many inputs as outputs, and as many positions.
-        const Scalar* x = static_cast<const Scalar*>(p.x) + first;
-        const float2 low = load_pair<Tensor>(x), high = load_pair<Tensor>(x + 2);
-        sum.x += low.x, sum.y += low.y, sum.z += high.x, sum.w += high.y;
-    }
-    Scalar* out = static_cast<Scalar*>(p.out) + first;
-    store_pair<Tensor>(out, sum.x, sum.y);
-    store_pair<Tensor>(out + 2, sum.z, sum.w);
-}
-
 }  // namespace mbv2::cuda
+
+#include "fused_results.cuh"
+#include "fused_stages.cuh"

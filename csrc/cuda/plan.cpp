@@ -16,14 +16,16 @@ Divisor divisor(int64_t value) {
 struct Rates {
     double products;  // multiply-adds of tensor cores, 16-bit operands and float32 sums
     double clock;     // MHz
+    double dram;      // bytes: an SM's share of what the usual GPU of the kind reaches
 };
 
 Rates rates(int arch) {
-    if (arch >= 120) return {256, 2400};
-    if (arch >= 100) return {1024, 1850};
-    if (arch >= 90) return {1280, 1750};
-    if (arch >= 86) return {256, 2000};
-    return {1024, 1410};
+    if (arch >= 120) return {256, 2400, 3.7};
+    if (arch >= 100) return {1024, 1850, 24.8};
+    if (arch >= 90) return {1280, 1750, 12.3};
+    if (arch >= 89) return {256, 2500, 2.7};
+    if (arch >= 86) return {256, 1700, 5.7};
+    return {1024, 1410, 8.7};
 }
 
 constexpr double kIssueShare = 0.6;    // of four instructions a clock
@@ -117,8 +119,8 @@ class Planner {
             plan.blocks = tiles * p.splits;
             if (plan.blocks > INT32_MAX) continue;
             plan.partial_bytes = p.splits > 1 ? p.splits * p.out_positions * p.outputs * 4 : 0;
-            plan.microseconds = estimate(plan);
-            if (!found_ || plan.microseconds < best_->microseconds) *best_ = plan, found_ = true;
+            estimate(plan);
+            if (!found_ || better(plan, *best_)) *best_ = plan, found_ = true;
         }
     }
 
@@ -173,7 +175,14 @@ class Planner {
         return images * rows * columns;
     }
 
-    double estimate(const Plan& plan) const {
+    // Where DRAM bounds both, what keeps the SMs less busy.
+    static bool better(const Plan& a, const Plan& b) {
+        return a.microseconds != b.microseconds ? a.microseconds < b.microseconds : a.busy < b.busy;
+    }
+
+    // Instructions are those of the machine code for sm_80 (python -m bench.resources_cuda), rounded and with a line
+    // through the tiles; a test holds their sum to the machine code's.
+    void estimate(Plan& plan) const {
         const FusedParams& p = plan.params;
         const TileShape& tile = kTileShapes[plan.tile];
         const int warps = tile.warps_m * tile.warps_n;
@@ -187,37 +196,49 @@ class Planner {
         Phase walk, multiply;
         const int64_t rows = tile.walk * shape_.stride + 3 - shape_.stride;
         if (packed) {
-            walk.add(groups * steps, warps, 70 + 3 * rows + 26 * tile.walk, 3 * rows * 512 + tile.walk * 512,
+            walk.add(groups * steps, warps, 95 + 4 * rows + 26 * tile.walk, 3 * rows * 512 + tile.walk * 512,
                      tile.walk * 18 * 1024);
         } else {
-            walk.add(groups * steps, warps, 80 + 2 * (3 * rows + 26 * tile.walk), 6 * rows * 256 + tile.walk * 512, 0);
+            walk.add(groups * steps, warps, 45 + 2 * (3 * rows + 23 * tile.walk), 6 * rows * 256 + tile.walk * 512, 0);
         }
         if (shape_.expands) {
             const int64_t tiles = packed ? 4 : 2;
             multiply.add(quotient_up(positions, 32) * steps / 2, warps,
-                         60 + 12 * tiles + x_steps * (6 + (tiles + 4) * (1 + split) / 2 + 2 * tiles * mma),
+                         138 + 12 * tiles + x_steps * (9 + (tiles + 4) * (1 + split) / 2 + 2 * tiles * mma),
                          x_steps * (2 + tiles / 2) * 512 + 2048, x_steps * 2 * tiles * work);
         }
         const int64_t across = std::min<int64_t>(tile.tiles_n, quotient_up(shape_.outputs, 8));
         const double left = tile.tiles_m + across / 2.0;
-        multiply.add(warps, warps, steps * (left * (1 + split) + tile.tiles_m * across * mma), steps * left * 512,
-                     steps * tile.tiles_m * across * work);
+        multiply.add(warps, warps, 30 + 1.8 * steps * (left * (1 + split) + tile.tiles_m * across * mma),
+                     steps * left * 512, steps * tile.tiles_m * across * work);
+        // The loop over chunks itself, and starting the copies of weights.
+        multiply.add(warps, warps, 140, 0, 0);
+        const double chunk = double(tile.chunk_bytes) / bytes_;
+        const double copies = round_up(p.outputs, 16) * tile.chunk_bytes / 16 * 31.0 +
+                              (shape_.expands ? chunk * p.x_vectors.value * 26 : 0) + 9 * tile.chunk_bytes / 16 * 17 +
+                              chunk / 2 * 28;
+        multiply.instructions += copies / 32;
 
-        const double chunks = p.chunks;
-        const double weights =
-            chunks * (tile.chunk_bytes / bytes_) * (p.outputs + (shape_.expands ? p.inputs : 0)) * bytes_;
-        const double moved = weights + double(positions) * p.inputs * bytes_ +
-                             double(p.tile_images) * p.tile_height * p.tile_width * p.outputs * bytes_;
+        const double chunks = p.chunks, items = bytes_;
+        const double outputs = double(p.tile_images) * p.tile_height * p.tile_width;
+        const double weights = chunks * chunk * (p.outputs + (shape_.expands ? p.inputs : 0)) * items;
+        const double moved = weights + (double(positions) * p.inputs + outputs * p.outputs) * items;
         const Rates rate = rates(gpu_.arch);
-        double instructions = 0, longest = kStart, shared = 0, products = 0;
+        // Once: tables, the input tile, the results by pairs in registers and by 16 bytes in shared memory.
+        double instructions =
+            warps * (330.0 + tile.tiles_m * across * 2 * (shape_.residual ? 18 : 8)) +
+            (groups * 16 * 96.0 + positions * 77.0) / 32 +
+            (shape_.expands ? positions * p.x_vectors.value : positions * steps * 2 * chunks) * 37.0 / 32 +
+            outputs * p.out_vectors.value * 44 / 32;
+        double longest = kStart, shared = 0, products = 0;
         for (const Phase& phase : {walk, multiply}) {
             instructions += chunks * phase.instructions;
             longest += chunks * (kBarrier + kLoneWarp * phase.longest);
             shared += chunks * phase.shared;
             products += chunks * phase.products;
         }
+        plan.instructions = 32 * instructions * plan.blocks;
         if (!p.ahead) longest += std::max(0.0, chunks * (kLatency - kLoneWarp * walk.longest) + weights / kL2Bytes);
-        instructions += positions * (p.x_vectors.value * 30.0 + 60) / 32;
         const int resident = std::max(
             1, std::min(resident_blocks(plan.tile, gpu_.arch), gpu_.shared_per_processor / (plan.shared_bytes + 1024)));
         const double throughput = std::max(
@@ -227,11 +248,16 @@ class Planner {
         const int64_t rest = plan.blocks - waves * slots;
         // Of the last wave, only as many blocks share an SM as there are.
         const double last = rest == 0 ? 0 : std::max(throughput * quotient_up(rest, gpu_.processors), longest);
-        double microseconds = (waves * full + last) / rate.clock;
+        plan.busy = (waves * full + last) / rate.clock;
         if (p.splits > 1) {
-            microseconds += kSecondLaunch + 2.0 * plan.partial_bytes / (kL2Bytes * gpu_.processors) / rate.clock;
+            plan.busy += kSecondLaunch + 2.0 * plan.partial_bytes / (kL2Bytes * gpu_.processors) / rate.clock;
         }
-        return microseconds;
+        // Tensors once each, as halos and weights of other thread blocks come from L2.
+        const double tensors =
+            double(p.images) *
+                (double(p.height) * p.width * p.inputs + double(p.out_height) * p.out_width * p.outputs) * items +
+            double(p.hidden) * (p.outputs + (shape_.expands ? p.inputs : 0)) * items;
+        plan.microseconds = std::max(plan.busy, tensors / (rate.dram * gpu_.processors) / rate.clock);
     }
 
     const BlockShape& shape_;

@@ -40,6 +40,8 @@ struct Plan {
     int shared_bytes;
     int64_t partial_bytes;  // of `FusedParams::partial`; 0 with one split
     double microseconds;    // the model's estimate, by which plans are compared
+    double busy;            // the same, of the SMs alone
+    double instructions;    // of all threads, without those of the kernel that adds partial sums
 };
 
 // Why the kernel cannot run this block, or null.

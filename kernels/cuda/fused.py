@@ -53,6 +53,7 @@ class Plan(NamedTuple):
         shared_bytes: of dynamic shared memory.
         partial_bytes: of the tensor of partial sums.
         microseconds: the planner's estimate, for comparing plans.
+        instructions: the planner's estimate of those of all threads, the second kernel's left out.
         params: the kernel's parameter struct, without addresses.
     """
 
@@ -67,6 +68,7 @@ class Plan(NamedTuple):
     shared_bytes: int
     partial_bytes: int
     microseconds: float
+    instructions: float
     params: bytes
 
 
@@ -87,10 +89,9 @@ def inverted_residual_folded(
     sums; float32 as three products of tf32 each, whose error is float32's. Channels must be multiples of 8, at most
     448 of the projection; anything else runs through the next backend.
     """
-    n, cin, h, w = x.shape
+    n, _, h, w = x.shape
     weights = [None if t is None else t.contiguous() for t in (w1, wd, w3, b1, bd, b3)]
-    shape = Shape(ELEMENTS[x.dtype], n, h, w, cin, wd.shape[0], w3.shape[0], stride, w1 is not None, residual)
-    plan = plan_for(shape, gpu_of(x.device))
+    plan = plan_for(shape_of(x, w1, wd, w3, stride, residual), gpu_of(x.device))
     if not isinstance(plan, Plan) or any(t is not None and t.data_ptr() % 16 for t in (x, *weights)):
         from mbv2.kernels.cuda.stages import next_best
 
@@ -99,6 +100,12 @@ def inverted_residual_folded(
     partial = x.new_empty(plan.partial_bytes // 4, dtype=torch.float32) if plan.partial_bytes else None
     launch(plan, (x, *weights, out, partial))
     return out
+
+
+def shape_of(x: Tensor, w1: Tensor | None, wd: Tensor, w3: Tensor, stride: int, residual: bool) -> Shape:
+    """A call's sizes."""
+    n, cin, h, w = x.shape
+    return Shape(ELEMENTS[x.dtype], n, h, w, cin, wd.shape[0], w3.shape[0], stride, w1 is not None, residual)
 
 
 @functools.lru_cache(maxsize=4096)

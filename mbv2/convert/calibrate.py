@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mbv2 import distributed
-from mbv2.data.recipe import Recipe
+from mbv2.data.recipe import Recipe, eval_options
 from mbv2.errors import UserError
 from mbv2.model import MobileNetV2
 from mbv2.progress import Progress
@@ -36,7 +36,9 @@ def calibrate(model: MobileNetV2, meta: dict[str, Any], folder: str) -> str:
     found = find_pictures(folder)
     step = max(1, len(found.samples) // _PICTURES)
     source = Source(found.samples[::step][:_PICTURES], found.class_names)
-    recipe = Recipe(meta["resolution"], tuple(meta["mean"]), tuple(meta["std"]), squeeze=meta["squeeze"])
+    recipe = Recipe(
+        meta["resolution"], tuple(meta["mean"]), tuple(meta["std"]), **eval_options(meta, meta["resolution"])
+    )
     world = distributed.init("CPU", run_distribute=False)
     loader = make_loader("torch", source, recipe, False, 32, world, workers=0, on_corrupt="skip")
     model.eval()

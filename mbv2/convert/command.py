@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mbv2 import weights
+from mbv2 import arguments, weights
 from mbv2.convert import mindspore
 from mbv2.convert.calibrate import calibrate
 from mbv2.convert.detect import FORMATS, read_network
 from mbv2.convert.network import NotThisNetwork, state_dict
-from mbv2.data.recipe import Recipe
+from mbv2.data.recipe import INTERPOLATIONS, Recipe, eval_options
 from mbv2.errors import UserError
 from mbv2.files import write_atomic
 from mbv2.model import PADDINGS, MobileNetV2
@@ -35,6 +35,8 @@ class Said:
         preprocessing: "torch" or "tf", which sets mean, std and squeeze.
         mean, std: per channel, on values 0..1.
         squeeze: evaluate the whole picture squeezed into the square instead of a centre crop.
+        interpolation: evaluate on pictures resized "bilinear" or "bicubic".
+        crop_pct: side of evaluation's crop as a share of the resized picture's shorter side.
         resize: side of the network's input in pixels.
         alpha: width multiplier, for a width that is not a published one.
         channel_order: "rgb", or "bgr" for a network that was trained on pictures in that order.
@@ -47,6 +49,8 @@ class Said:
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     squeeze: bool | None = None
+    interpolation: str | None = None
+    crop_pct: float | None = None
     resize: int | None = None
     alpha: float | None = None
     channel_order: str = "rgb"
@@ -97,7 +101,10 @@ def convert(
     except OSError as error:
         raise UserError(f"{dst}: cannot be written ({error.strerror or error})") from error
     facts = ", ".join(f"{key} {meta[key]}" for key in ("alpha", "resolution", "num_classes", "class_offset", "padding"))
-    crop = "whole picture squeezed" if meta["squeeze"] else "centre crop"
+    share = meta.get("crop_pct", 1.0 if meta["squeeze"] else 0.875)
+    crop = "whole picture squeezed" if meta["squeeze"] else "picture"
+    crop += "" if share == 1 else f", centre crop of {share:g}"
+    crop += f", {meta.get('interpolation', 'bilinear')}"
     picture = f"pictures: mean {_rounded(meta['mean'])}, std {_rounded(meta['std'])}, {crop}"
     return [f"{meta['converted_from']}: {facts}, bn_eps {meta['bn_eps']:g}", picture, *notes]
 
@@ -156,13 +163,8 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: see `convert`.
     """
-    parser = argparse.ArgumentParser(
-        prog="mbv2 convert",
-        description="Convert weights of any known format into ours (DST.safetensors) or MindSpore's (DST.ckpt).",
-        epilog="formats: " + "; ".join(f"{name}: {about}" for name, about in FORMATS.items()),
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
+    about = "Convert weights of any known format into ours (DST.safetensors) or MindSpore's (DST.ckpt)."
+    parser = arguments.parser("mbv2 convert", about, FORMATS)
     add = parser.add_argument
     add("src", help="file or folder to read")
     add("dst", help="file to write: .safetensors, or .ckpt for MindSpore")
@@ -182,37 +184,21 @@ def main(argv: Sequence[str]) -> int:
     add(
         "--squeeze", action=argparse.BooleanOptionalAction, help="evaluate on the whole picture squeezed, not on a crop"
     )
+    add(
+        "--interpolation", choices=INTERPOLATIONS, help="evaluate on pictures resized this way (default: from the file)"
+    )
+    add("--crop_pct", type=float, help="evaluation's crop as a share of the shorter side (default: from the file)")
     add("--resize", type=int, help="side of the network's input in pixels (default: from the file, else 224)")
     add("--alpha", type=float, help="width multiplier (default: from the shapes)")
     add("--channel_order", choices=("rgb", "bgr"), default="rgb", help="that SRC expects; DST always expects RGB")
     add("--naming", choices=("mindcv", "mindvision"), default="mindcv", help="of a MindSpore file to write")
     add("--calibrate", default="", metavar="FOLDER", help="pictures to restore folded BatchNorm statistics on")
-    options = parse_arguments(parser, argv, "SRC and DST")
+    options = arguments.parse(parser, argv, "SRC and DST")
     said = Said(**{name: getattr(options, name) for name in Said.__dataclass_fields__})
     for line in convert(options.src, options.dst, options.format, said, options.naming, options.calibrate):
         print(f"convert: {line}", file=sys.stderr)
     print(options.dst)
     return 0
-
-
-def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str], needed: str) -> argparse.Namespace:
-    """What argparse makes of `argv`.
-
-    Raises:
-        UserError: an unknown or wrong option, or the positional arguments, called `needed`, are missing.
-    """
-    try:
-        options, unknown = parser.parse_known_args(list(argv))
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error} (see {parser.prog} --help)") from error
-    except SystemExit as error:
-        # Python 3.11 and older still exit when positional arguments are missing.
-        if not error.code:
-            raise
-        raise UserError(f"{needed} are needed (see {parser.prog} --help)") from error
-    if unknown:
-        raise UserError(f"unrecognized arguments: {' '.join(unknown)} (see {parser.prog} --help)")
-    return options
 
 
 def _pictures(src: Path, facts: dict[str, Any], said: Said) -> dict[str, Any]:
@@ -226,8 +212,12 @@ def _pictures(src: Path, facts: dict[str, Any], said: Said) -> dict[str, Any]:
     stated = {} if said.preprocessing else {key: facts[key] for key in ("mean", "std", "squeeze") if key in facts}
     found = {**base, **stated, **{key: value for key, value in given.items() if value is not None}}
     resolution = said.resize or int(facts.get("resolution") or 224)
-    Recipe(resolution=resolution, mean=tuple(found["mean"]), std=tuple(found["std"]))
+    optional = {key: facts[key] for key in ("interpolation", "crop_pct") if key in facts}
+    optional |= {key: getattr(said, key) for key in ("interpolation", "crop_pct") if getattr(said, key) is not None}
+    # Raises for what no picture could be given by.
+    Recipe(resolution, tuple(found["mean"]), tuple(found["std"]), **eval_options(found | optional, resolution))
     return {
+        **optional,
         "mean": [float(value) for value in found["mean"]],
         "std": [float(value) for value in found["std"]],
         "squeeze": bool(found["squeeze"]),

@@ -4,13 +4,14 @@ import json
 import pickle
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from mbv2 import weights
-from mbv2.convert import keras, mindspore, named, onnx, tensorflow, tflite
+from mbv2.convert import configuration, keras, mindspore, named, onnx, tensorflow, tflite
 from mbv2.convert.network import Malformed, Network, NotThisNetwork
 from mbv2.errors import UserError
 
@@ -57,9 +58,6 @@ def read_network(path: str | Path, format: str = "auto") -> tuple[Network, str]:
         raise UserError(f"{path}: not a MobileNetV2 that can be converted: {error}") from error
     except (OSError, MemoryError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError, RuntimeError, RecursionError) as error:
-        # The contents are anyone's: what the checks above have not foreseen is still the file's fault.
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {str(error).splitlines()[:1]})") from error
 
 
 def detect(path: Path) -> str:
@@ -72,7 +70,8 @@ def detect(path: Path) -> str:
         if (path / "variables" / "variables.index").is_file():
             return "tensorflow"
         if (path / "config.json").is_file():
-            return "huggingface"
+            # timm's folders on the Hub have its own configuration under the same name.
+            return "timm" if "pretrained_cfg" in (_json(path / "config.json") or {}) else "huggingface"
         raise UserError(f"{path}: neither a Hugging Face folder (config.json) nor a SavedModel (variables/)")
     with path.open("rb") as file:
         head = file.read(16)
@@ -127,15 +126,25 @@ def _read(path: Path, kind: str) -> Network:
 
 
 def _read_named(path: Path, kind: str) -> Network:
-    if kind != "huggingface":
-        tensors, _ = _tensors(path)
-        return named.torchvision(tensors) if kind == "torchvision" else named.timm(tensors)
+    if kind == "torchvision":
+        return named.torchvision(_tensors(path)[0])
     folder, file = (path, _weights_in(path)) if path.is_dir() else (path.parent, path)
     tensors, _ = _tensors(file)
     config = _json(folder / "config.json")
+    if kind == "timm":
+        return named.timm(tensors, _said(configuration.of_timm, config or {}))
     if config is not None and config.get("model_type", "mobilenet_v2") != "mobilenet_v2":
         raise NotThisNetwork(f"config.json says {str(config['model_type'])[:40]!r}")
-    return named.hugging_face(tensors, config, _json(folder / "preprocessor_config.json") or {})
+    pictures = _json(folder / "preprocessor_config.json") or {}
+    return named.hugging_face(tensors, _said(configuration.of_hugging_face, config, pictures))
+
+
+def _said(read: Callable[..., dict[str, Any]], *configs: dict[str, Any] | None) -> dict[str, Any]:
+    """What `read` makes of JSON, in which anything may stand where a number or a list belongs."""
+    try:
+        return read(*configs)
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        raise Malformed(f"its JSON: {type(error).__name__}: {str(error)[:120]}") from error
 
 
 def _weights_in(folder: Path) -> Path:
@@ -179,7 +188,10 @@ def _json(path: Path) -> dict[str, Any] | None:
         return None
     if path.stat().st_size > _MAX_JSON:
         raise Malformed(f"{path.name} is {path.stat().st_size} bytes")
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"{path.name}: {str(error)[:120]}") from error
     if not isinstance(content, dict):
         raise Malformed(f"{path.name} is no mapping")
     return content

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,17 +30,25 @@ def read_archive(path: Path) -> Network:
     Raises:
         Malformed, NotThisNetwork: see `read_h5`; also a zip that grows beyond 1 GiB.
     """
-    with zipfile.ZipFile(path) as archive:
-        info = archive.getinfo("model.weights.h5")
-        if info.file_size > _MAX_BYTES:
-            raise Malformed(f"model.weights.h5 grows to {info.file_size} bytes")
-        weights = archive.read(info)
-        config = archive.read("config.json") if "config.json" in archive.namelist() else b""
-    return read_h5(io.BytesIO(weights), _epsilon(config))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            sizes = {
+                name: archive.getinfo(name).file_size for name in ("model.weights.h5", "config.json") if name in names
+            }
+            if max(sizes.values(), default=0) > _MAX_BYTES or "model.weights.h5" not in sizes:
+                raise Malformed(f"model.weights.h5 is missing or too large ({sizes})")
+            weights, config = (
+                archive.read(name) if name in sizes else b"" for name in ("model.weights.h5", "config.json")
+            )
+    except (zlib.error, EOFError, RuntimeError, ValueError) as error:
+        # RuntimeError: encrypted, or packed in a way that zipfile does not know.
+        raise Malformed(f"zip: {str(error)[:120]}") from error
+    return read_h5(io.BytesIO(weights), config)
 
 
-def read_h5(file: Path | BinaryIO, eps: float | None = None) -> Network:
-    """The network in an HDF5 file that Keras wrote.
+def read_h5(file: Path | BinaryIO, config: bytes = b"") -> Network:
+    """The network in an HDF5 file that Keras wrote; `config` is the model's JSON where another file has it.
 
     Raises:
         UserError: h5py is not installed.
@@ -67,12 +76,14 @@ def read_h5(file: Path | BinaryIO, eps: float | None = None) -> Network:
 
     try:
         with h5py.File(file, "r") as h5:
-            config = h5.attrs.get("model_config", b"")
+            own = h5.attrs.get("model_config", b"")
             h5.visititems(take)
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise Malformed(f"HDF5: {str(error).splitlines()[0][:120] if str(error) else 'unreadable'}") from error
-    config = config.encode() if isinstance(config, str) else bytes(config)
-    return _network(tensors, eps or _epsilon(config))
+    config = config or (own.encode() if isinstance(own, str) else bytes(own))
+    network = _network(tensors, _epsilon(config))
+    network.facts.update(_resolution(config))
+    return network
 
 
 def _network(tensors: dict[str, Tensor], eps: float | None) -> Network:
@@ -109,9 +120,24 @@ def _by_kind(kinds: dict[str, dict[int, dict[int, Tensor]]], eps: float | None) 
 
 def _epsilon(config: bytes) -> float | None:
     """The epsilon of the BatchNorm layers in a model's JSON, if it says one."""
+    found = {settings.get("epsilon") for kind, settings in _layers(config) if kind == "BatchNormalization"}
+    eps = found.pop() if len(found) == 1 else None
+    return eps if isinstance(eps, float) else None
+
+
+def _resolution(config: bytes) -> dict[str, int]:
+    """The resolution in a model's JSON, if it says one: Keras 3 has `batch_shape`, Keras 2 `batch_input_shape`."""
+    for kind, settings in _layers(config):
+        shape = settings.get("batch_shape", settings.get("batch_input_shape")) if kind == "InputLayer" else None
+        if isinstance(shape, list) and len(shape) == 4 and isinstance(shape[1], int) and shape[1] == shape[2] >= 32:
+            return {"resolution": shape[1]}
+    return {}
+
+
+def _layers(config: bytes) -> list[tuple[str, dict[str, Any]]]:
+    """(class, settings) of each layer in a model's JSON; nothing where it is no such JSON."""
     try:
-        layers = json.loads(config)["config"]["layers"]
-        found = {float(layer["config"]["epsilon"]) for layer in layers if layer["class_name"] == "BatchNormalization"}
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError):
-        return None
-    return found.pop() if len(found) == 1 else None
+        content = json.loads(config)["config"]["layers"]
+        return [(str(layer["class_name"]), dict(layer["config"])) for layer in content]
+    except (ValueError, KeyError, TypeError):
+        return []

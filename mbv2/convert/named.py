@@ -1,6 +1,7 @@
 """Formats that are a dict of tensors by name: torchvision, timm, Hugging Face, TF-slim, Keras."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -24,8 +25,10 @@ def torchvision(tensors: Mapping[str, Tensor]) -> Network:
     return Network(weights, norms, *_classifier(tensors, "classifier.1"), facts=dict(_TORCH))
 
 
-def timm(tensors: Mapping[str, Tensor]) -> Network:
+def timm(tensors: Mapping[str, Tensor], pictures: Mapping[str, Any] = MappingProxyType({})) -> Network:
     """`conv_stem.weight`, `blocks.1.0.conv_pw.weight` and so on; the deeper 110d and 120d are other networks.
+
+    `pictures` is what `configuration.of_timm` found out.
 
     Raises:
         NotThisNetwork: tensors are missing or left over.
@@ -40,21 +43,18 @@ def timm(tensors: Mapping[str, Tensor]) -> Network:
     stages.append(("conv_head", "bn2"))
     weights, norms = gather(tensors, stages)
     _reject_rest(tensors, stages, ("classifier.weight", "classifier.bias"))
-    return Network(weights, norms, *_classifier(tensors, "classifier"), facts=dict(_TORCH))
+    return Network(weights, norms, *_classifier(tensors, "classifier"), facts={**_TORCH, **pictures})
 
 
-def hugging_face(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, pictures: Mapping[str, Any]
-) -> Network:
+def hugging_face(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Network:
     """transformers' MobileNetV2ForImageClassification.
 
     Args:
         tensors: of `model.safetensors` or `pytorch_model.bin`.
-        config: `config.json`, for padding, epsilon, resolution and class names; None where there is none.
-        pictures: `preprocessor_config.json`, or empty.
+        facts: what `configuration.of_hugging_face` found out.
 
     Raises:
-        NotThisNetwork: tensors are missing or left over, or the configuration changes the network itself.
+        NotThisNetwork: tensors are missing or left over.
     """
     stem = "mobilenet_v2.conv_stem"
     parts = [f"{stem}.first_conv", f"{stem}.conv_3x3", f"{stem}.reduce_1x1"]
@@ -64,24 +64,7 @@ def hugging_face(
     stages = [(f"{part}.convolution", f"{part}.normalization") for part in parts]
     weights, norms = gather(tensors, stages)
     _reject_rest(tensors, stages, ("classifier.weight", "classifier.bias"))
-    facts: dict[str, Any] = {"preprocessing": "tf", "squeeze": False}
-    if config is not None:
-        for key, wanted in (("output_stride", 32), ("hidden_act", "relu6"), ("first_layer_is_expansion", True)):
-            if config.get(key, wanted) != wanted:
-                raise NotThisNetwork(f"config.json has {key} {config[key]!r}; only {wanted!r} is this network")
-        facts["padding"] = "same" if config.get("tf_padding", True) else "symmetric"
-        facts["bn_eps"] = float(config.get("layer_norm_eps", 1e-3))
-        facts["resolution"] = int(config.get("image_size", 224))
-        names = config.get("id2label") or {}
-        if str(names.get("0", "")).lower() == "background":
-            facts["class_offset"] = 1
-        ordered = [str(names.get(str(index), "LABEL_")) for index in range(len(names))]
-        if ordered and not any(name.startswith("LABEL_") for name in ordered):
-            facts["class_names"] = ordered[facts.get("class_offset", 0) :]
-    if pictures.get("image_mean") and pictures.get("image_std"):
-        facts["mean"] = [float(value) for value in pictures["image_mean"]]
-        facts["std"] = [float(value) for value in pictures["image_std"]]
-    return Network(weights, norms, *_classifier(tensors, "classifier"), facts=facts)
+    return Network(weights, norms, *_classifier(tensors, "classifier"), facts=dict(facts))
 
 
 def tf_slim(tensors: Mapping[str, Tensor]) -> Network:

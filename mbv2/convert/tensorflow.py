@@ -19,6 +19,7 @@ from mbv2.convert.network import Malformed, Network, NotThisNetwork
 _MAGIC = 0xDB4775248B80FB57
 _FOOTER = 48
 _DTYPES = {1: torch.float32, 2: torch.float64, 3: torch.int32, 9: torch.int64, 14: torch.bfloat16, 19: torch.float16}
+_STRING, _OBJECT_GRAPH = 7, b"_CHECKPOINTABLE_OBJECT_GRAPH"
 _KERAS = re.compile(r"(?:model/)?layer_with_weights-(\d+)/([a-z_]+)/\.ATTRIBUTES/VARIABLE_VALUE")
 
 
@@ -38,22 +39,28 @@ def looks_like_graph(data: memoryview) -> bool:
 
 
 def read_bundle(index: Path) -> dict[str, Tensor]:
-    """The numeric variables of a checkpoint, by name.
+    """The numeric variables of a checkpoint: by key, and by layer and variable (`Conv1/kernel`) where it says them.
+
+    TensorFlow 2 files its variables under their place in the model's object tree, which differs between versions and
+    ways of saving (`layer_with_weights-0/kernel`, `variables/0`, `_operations/1/_kernel`); an entry beside them, a
+    TrackableObjectGraph, has the names that the layers gave them.
 
     Raises:
         Malformed: the index breaks the format, or a data file is missing or too short.
     """
     data = memoryview(index.read_bytes())
-    shards, tensors = 0, {}
+    shards, tensors, names = 0, {}, {}
     for key, value in _table(data):
         if key == b"":
             shards = next((field.number_of() for field in wire.fields(value) if field.number == 1), 1)
             continue
-        entry = _entry(value)
-        if entry is not None:
-            name = key.decode("utf-8", "replace")
-            tensors[name] = _read_shard(index, shards, name, *entry)
-    return tensors
+        name = key.decode("utf-8", "replace")
+        dtype, shape, *place = _entry(value)
+        if dtype in _DTYPES:
+            tensors[name] = wire.tensor(_read_shard(index, shards, name, *place), shape, _DTYPES[dtype], name[:80])
+        elif dtype == _STRING and key == _OBJECT_GRAPH:
+            names = _layer_names(_read_shard(index, shards, name, *place))
+    return tensors | {names[key]: value for key, value in tensors.items() if key in names}
 
 
 def read_variables(tensors: dict[str, Tensor]) -> Network:
@@ -62,6 +69,8 @@ def read_variables(tensors: dict[str, Tensor]) -> Network:
     Raises:
         NotThisNetwork: the variables are another network's.
     """
+    if "bn_Conv1/gamma" in tensors:
+        return named.keras({name: value for name, value in tensors.items() if not name.endswith("VARIABLE_VALUE")})
     layers: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         match = _KERAS.fullmatch(name)
@@ -164,8 +173,27 @@ def _block(data: memoryview, offset: int, size: int) -> Iterator[tuple[bytes, me
         at += own + length
 
 
-def _entry(data: memoryview) -> tuple[torch.dtype, list[int], int, int, int] | None:
-    """(dtype, shape, shard, offset, size) of a BundleEntryProto; None for what is no plain numeric tensor."""
+def _layer_names(data: memoryview) -> dict[str, str]:
+    """Checkpoint key -> layer and variable, by a TrackableObjectGraph in a string tensor (length, checksum, text).
+
+    An optimizer's variables, whose names end as those of the layers do, are left out.
+    """
+    size, at = wire.varint(data, 0)
+    graph = data[at + 4 :]
+    if len(graph) != size:
+        raise Malformed(f"the object graph is {len(graph)} bytes, not {size}")
+    found = {}
+    for node in (field.bytes() for field in wire.fields(graph) if field.number == 1):
+        for attribute in (field.bytes() for field in wire.fields(node) if field.number == 2):
+            texts = {part.number: part.text() for part in wire.fields(attribute) if part.number in (2, 3)}
+            name, key = texts.get(2, ""), texts.get(3, "")
+            if name and "optimizer" not in key.lower():
+                found[key] = "/".join(name.split("/")[-2:])
+    return found
+
+
+def _entry(data: memoryview) -> tuple[int, list[int], int, int, int]:
+    """(dtype, shape, shard, offset, size) of a BundleEntryProto; dtype 0 for slices of a tensor."""
     numbers, shape, is_sliced = {1: 0, 3: 0, 4: 0, 5: 0}, [], False
     for field in wire.fields(data):
         if field.number in numbers:
@@ -174,9 +202,7 @@ def _entry(data: memoryview) -> tuple[torch.dtype, list[int], int, int, int] | N
             shape = _shape(field.bytes())
         elif field.number == 7:
             is_sliced = True
-    if numbers[1] not in _DTYPES or is_sliced:
-        return None
-    return _DTYPES[numbers[1]], shape, numbers[3], numbers[4], numbers[5]
+    return 0 if is_sliced else numbers[1], shape, numbers[3], numbers[4], numbers[5]
 
 
 def _shape(data: memoryview) -> list[int]:
@@ -184,9 +210,7 @@ def _shape(data: memoryview) -> list[int]:
     return [next((part.number_of() for part in wire.fields(size) if part.number == 1), 0) for size in sizes]
 
 
-def _read_shard(
-    index: Path, shards: int, name: str, dtype: torch.dtype, dims: list[int], shard: int, offset: int, size: int
-) -> Tensor:
+def _read_shard(index: Path, shards: int, name: str, shard: int, offset: int, size: int) -> memoryview:
     if not 0 <= shard < shards or shards > 99999:
         raise Malformed(f"{name[:80]} lies in part {shard} of {shards}")
     path = index.with_name(f"{index.name.removesuffix('.index')}.data-{shard:05d}-of-{shards:05d}")
@@ -196,7 +220,7 @@ def _read_shard(
         raise Malformed(f"{path.name} is cut short: {name[:80]} ends at byte {offset + size}")
     with path.open("rb") as file:
         file.seek(offset)
-        return wire.tensor(memoryview(file.read(size)), dims, dtype, name[:80])
+        return memoryview(file.read(size))
 
 
 def _tensor_proto(data: memoryview, name: str) -> Tensor | None:

@@ -105,12 +105,15 @@ class _Reader:
             # The released files classify by a 1x1 convolution of the pooled features.
             last = self._convs.pop()
             self._dense = last.weight.flatten(1), last.bias
-        if self._dense is None or self._dense[1] is None:
+        if self._dense is None:
             raise NotThisNetwork("no classifier")
+        classifier, bias = self._dense
+        # TensorFlow's converter leaves out a bias of zeros.
+        bias = classifier.new_zeros(classifier.shape[0]) if bias is None else bias
         if self._adds != 10:
             raise NotThisNetwork(f"{self._adds} shortcuts; MobileNetV2 has 10")
         notes = ("its stages end in ReLU, ours in ReLU6: outputs differ a little",) if self._relu else ()
-        return graph.assemble(self._convs, *self._dense, self._input_facts(inputs), notes)
+        return graph.assemble(self._convs, classifier, bias, self._input_facts(inputs), notes)
 
     def _operator(self, code: int, operator: Table) -> None:
         ins = [int(index) for index in operator.numbers(1, "i")]

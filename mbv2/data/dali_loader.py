@@ -374,7 +374,9 @@ def _build_pipeline(
 
         def across_then_down(images: Any, height: Any, width: Any) -> Any:
             # In two steps, each rounded to 8 bits: torchvision's order and rounding, so that the figures agree.
-            how = {"interp_type": types.INTERP_LINEAR, "antialias": True, "mode": "stretch"}
+            cubic = not train and recipe.interpolation == "bicubic"
+            kind = types.INTERP_CUBIC if cubic else types.INTERP_LINEAR
+            how = {"interp_type": kind, "antialias": True, "mode": "stretch"}
             return fn.resize(fn.resize(images, resize_x=width, **how), resize_y=height, **how)
 
         if train:

@@ -1,18 +1,21 @@
 """What is done to a picture, independent of which loader does it."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from mbv2.errors import UserError
 
 Window = tuple[int, int, int, int]
+INTERPOLATIONS = ("bilinear", "bicubic")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Crop, flip and normalisation; bilinear with antialias everywhere.
+    """Crop, flip and normalisation; with antialias everywhere, bilinear but for evaluation's `interpolation`.
 
     Attributes:
         resolution: side of the network's square input, in pixels.
@@ -20,7 +23,9 @@ class Recipe:
         area, ratio: training crop: share of the picture's area, and width over height (Inception's crop).
         flip: probability of a horizontal flip in training.
         resize: evaluation: shorter side before the centre crop; None is 256/224 of the resolution.
-        squeeze: evaluation: the whole picture squeezed into the square, whatever its shape, and nothing cropped.
+        squeeze: evaluation: the whole picture squeezed into the square, whatever its shape, and nothing cropped; with
+            `resize` into a square of that side, and its centre taken.
+        interpolation: evaluation: "bilinear" or "bicubic".
         trivial_augment: TrivialAugmentWide on training pictures (arXiv 2103.10158).
         random_erasing: probability of erasing a rectangle of a training picture (arXiv 1708.04896).
     """
@@ -33,6 +38,7 @@ class Recipe:
     flip: float = 0.5
     resize: int | None = None
     squeeze: bool = False
+    interpolation: str = "bilinear"
     trivial_augment: bool = False
     random_erasing: float = 0.0
 
@@ -46,6 +52,8 @@ class Recipe:
         for name, value in (("flip", self.flip), ("random_erasing", self.random_erasing)):
             if not 0 <= value <= 1:
                 raise UserError(f"{name} {value}: a probability lies between 0 and 1")
+        if self.interpolation not in INTERPOLATIONS:
+            raise UserError(f"interpolation {self.interpolation!r}: choose {' or '.join(INTERPOLATIONS)}")
         if min(self.std) <= 0:
             raise UserError(f"std {self.std}: must be positive")
         if self.resize is not None and self.resize < self.resolution:
@@ -57,10 +65,34 @@ class Recipe:
         return self.resize if self.resize is not None else round(self.resolution * 256 / 224)
 
 
+def eval_options(meta: Mapping[str, Any], resolution: int) -> dict[str, Any]:
+    """What weights' metadata say of evaluation, as arguments of `Recipe`.
+
+    Args:
+        meta: squeeze; crop_pct, the side of the crop as a share of the resized picture's shorter side, as timm has it;
+            interpolation. What is not there is as usual.
+        resolution: side of the network's input in pixels.
+
+    Raises:
+        UserError: a crop_pct that is no share.
+    """
+    share = meta.get("crop_pct")
+    if share is not None and not (isinstance(share, int | float) and 0 < share <= 1):
+        raise UserError(f"crop_pct {share!r}: a share lies above 0 and is at most 1")
+    return {
+        "squeeze": bool(meta.get("squeeze", False)),
+        # A little more, so that 224 / (224 / 256) is 256.
+        "resize": None if share is None else math.floor(resolution / share + 1e-6),
+        "interpolation": str(meta.get("interpolation", "bilinear")),
+    }
+
+
 def eval_geometry(height: int, width: int, recipe: Recipe) -> tuple[tuple[int, int], tuple[int, int]]:
     """((resized height, width), (top, left)) of the evaluation's resize and centre crop, as torchvision rounds."""
     if recipe.squeeze:
-        return (recipe.resolution, recipe.resolution), (0, 0)
+        side = recipe.resize or recipe.resolution
+        origin = round((side - recipe.resolution) / 2.0)
+        return (side, side), (origin, origin)
     short, long = min(height, width), max(height, width)
     resized_long = int(recipe.eval_resize * long / short)
     size = (resized_long, recipe.eval_resize) if height > width else (recipe.eval_resize, resized_long)

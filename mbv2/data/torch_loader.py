@@ -198,7 +198,7 @@ def eval_picture(image: Tensor, recipe: Recipe) -> Tensor:
         # A line of pixels would become gigabytes when its shorter side is resized; the ends are cropped off anyway.
         image = F.center_crop(image, [min(height, _LONGEST * width), min(width, _LONGEST * height)])
     size, (top, left) = eval_geometry(image.shape[1], image.shape[2], recipe)
-    image = F.resize(image, list(size), interpolation=v2.InterpolationMode.BILINEAR, antialias=True)
+    image = F.resize(image, list(size), interpolation=v2.InterpolationMode(recipe.interpolation), antialias=True)
     return image[:, top : top + recipe.resolution, left : left + recipe.resolution]
 
 

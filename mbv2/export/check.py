@@ -37,9 +37,10 @@ class Report:
 
     def refusal(self, format: str, min_agreement: float) -> str | None:
         """Why the file does not pass, or None: a float file by its logits, an int8 one by its classes."""
-        if format != "onnx-int8" and not self.difference <= TOLERANCE * max(self.scale, 1e-6):
+        is_int8 = format in ("onnx-int8", "pt2e-int8")
+        if not is_int8 and not self.difference <= TOLERANCE * max(self.scale, 1e-6):
             return f"logits differ by {self.difference:.3g}, the largest is {self.scale:.3g}"
-        if self.agreement < (min_agreement if format == "onnx-int8" else 0.99):
+        if self.agreement < (min_agreement if is_int8 else 0.99):
             return f"only {100 * self.agreement:.1f} % of the pictures get the same class"
         return None
 
@@ -70,7 +71,10 @@ def runner(path: Path, format: str) -> Runner:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         return lambda x: torch.from_numpy(session.run(["logits"], {"images": x.numpy()})[0])
     with quiet():
-        if format == "pt2":
+        if format == "pt2e-int8":
+            # Registers the operators that such a program quantises with.
+            import torchao.quantization.pt2e  # noqa: F401
+        if format in ("pt2", "pt2e-int8"):
             return torch.export.load(path).module()
         if format == "aoti":
             return torch._inductor.aoti_load_package(str(path))

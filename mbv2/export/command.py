@@ -1,14 +1,15 @@
 """`mbv2 export WEIGHTS DST`: a trained network for other runtimes, checked in them."""
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from mbv2 import arguments
 from mbv2.errors import UserError
 from mbv2.trained import Trained, load_trained
 
@@ -20,6 +21,7 @@ FORMATS = {
     "onnx": "ONNX, float32, any batch",
     "onnx-int8": "ONNX in QDQ format, ranges measured on --data_url",
     "pt2": "torch.export program",
+    "pt2e-int8": "torch.export program with int8 weights and activations by torchao, ranges measured on --data_url",
     "aoti": "AOTInductor package, compiled for this machine's CPU",
     "torchscript": "traced TorchScript",
     "safetensors": "our own weights file",
@@ -32,6 +34,8 @@ _BY_SUFFIX = {
     ".safetensors": "safetensors",
     ".ckpt": "mindspore",
 }
+# Judged by the classes they give, not by their logits; made with pictures.
+INT8 = ("onnx-int8", "pt2e-int8")
 _CALIBRATION, _BATCH = 128, 16
 
 
@@ -50,7 +54,8 @@ def export(
         dst: the file to write.
         format: one of `FORMATS`, or "auto" to go by the suffix of `dst`.
         resize: side of the network's input (default: from the weights).
-        data_url: pictures to measure int8 ranges on and to check with; without, the check takes noise.
+        data_url: pictures to measure int8 ranges on and to check with; without, the check takes noise. An int8 file
+            is checked on those that its ranges were not measured on.
         check: run the file in its own runtime and compare it with the network.
 
     Returns:
@@ -63,8 +68,8 @@ def export(
     format = _format(dst, format)
     if not dst.absolute().parent.is_dir() or dst.is_dir():
         raise UserError(f"{dst}: give the name of a file in a folder that exists")
-    if format == "onnx-int8" and not data_url:
-        raise UserError("--format onnx-int8 measures ranges on pictures: give --data_url a folder of them")
+    if format in INT8 and not data_url:
+        raise UserError(f"--format {format} measures ranges on pictures: give --data_url a folder of them")
     trained = load_trained(pretrained, resize=resize)
     source = _source(data_url, trained) if data_url else None
     try:
@@ -75,7 +80,11 @@ def export(
         return None
     from mbv2.export.check import compare, runner
 
-    batches = _noise(trained) if source is None else _pictures(trained, *source)
+    if source is None:
+        batches = _noise(trained)
+    else:
+        pictures, labelled = source
+        batches = _pictures(trained, split(pictures)[1] if format in INT8 else pictures, labelled)
     return compare(trained.model, runner(dst, format), batches)
 
 
@@ -85,13 +94,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: see `export`.
     """
-    parser = argparse.ArgumentParser(
-        prog="mbv2 export",
-        description="Write a trained network for other runtimes.",
-        epilog="formats: " + "; ".join(f"{name}: {about}" for name, about in FORMATS.items()),
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
+    parser = arguments.parser("mbv2 export", "Write a trained network for other runtimes.", FORMATS)
     add = parser.add_argument
     add("weights", help="a .safetensors, .pth or .ckpt file, or True for torchvision's published weights")
     add("dst", help="file to write")
@@ -105,9 +108,7 @@ def main(argv: Sequence[str]) -> int:
         default=0.9,
         help="int8: least share of pictures with the same class [%(default)s]",
     )
-    from mbv2.convert.command import parse_arguments
-
-    options = parse_arguments(parser, argv, "WEIGHTS and DST")
+    options = arguments.parse(parser, argv, "WEIGHTS and DST")
     if not 0 <= options.min_agreement <= 1:
         raise UserError(f"--min_agreement {options.min_agreement}: a share lies between 0 and 1")
     report = export(options.weights, options.dst, options.format, options.resize, options.data_url, options.check)
@@ -126,6 +127,8 @@ def _format(dst: Path, format: str) -> str:
     if format != "auto":
         if format not in FORMATS:
             raise UserError(f"--format {format}: choose {', '.join(FORMATS)}")
+        if format == "aoti" and dst.suffix != ".pt2":
+            raise UserError(f"{dst}: torch loads compiled packages from files called .pt2 only; give such a name")
         return format
     if dst.suffix not in _BY_SUFFIX:
         raise UserError(f"{dst}: no format goes by {dst.suffix or 'no suffix'}; give --format {', '.join(FORMATS)}")
@@ -143,10 +146,10 @@ def _write(trained: Trained, pretrained: str, dst: Path, format: str, source: "t
 
     side = trained.recipe.resolution
     network = PlainNetwork(trained.model, side)
-    if format == "onnx-int8":
+    if format in INT8:
         assert source is not None
-        batches = (images for images, _ in _pictures(trained, source[0], False, _CALIBRATION))
-        write.onnx_int8(network, side, dst, batches)
+        batches = (images for images, _ in _pictures(trained, split(source[0])[0], False))
+        (write.onnx_int8 if format == "onnx-int8" else write.pt2e_int8)(network, side, dst, batches)
         return
     getattr(write, format)(network, side, dst)
 
@@ -163,16 +166,20 @@ def _source(data_url: str, trained: Trained) -> "tuple[Source, bool]":
     return source, max(sample.label for sample in source.samples) < trained.model.num_real_classes
 
 
-def _pictures(
-    trained: Trained, source: "Source", labelled: bool, limit: int | None = None
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    from mbv2 import distributed
-    from mbv2.data import Source, make_loader
+def split(source: "Source") -> "tuple[Source, Source]":
+    """Pictures to measure ranges on, at most 128 and at most half of all, and the others; of one picture both."""
+    samples = source.samples
+    step = max(2, -(-len(samples) // _CALIBRATION))
+    others = [sample for index, sample in enumerate(samples) if index % step]
+    return replace(source, samples=samples[::step]), replace(source, samples=others or samples)
 
-    step = max(1, len(source.samples) // limit) if limit else 1
-    chosen = Source(source.samples[::step][:limit], source.class_names)
+
+def _pictures(trained: Trained, source: "Source", labelled: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
+    from mbv2 import distributed
+    from mbv2.data import make_loader
+
     world = distributed.init("CPU", run_distribute=False)
-    loader = make_loader("torch", chosen, trained.recipe, False, _BATCH, world, workers=0, on_corrupt="skip")
+    loader = make_loader("torch", source, trained.recipe, False, _BATCH, world, workers=0, on_corrupt="skip")
     try:
         for images, labels, _ in loader:
             yield images, labels if labelled else None

@@ -23,7 +23,7 @@ def onnx(network: nn.Module, resolution: int, dst: Path) -> None:
     Raises:
         UserError: onnx or onnxscript is not installed.
     """
-    _require("onnx", "onnxscript")
+    _require("onnx", "onnx", "onnxscript")
 
     def write(path: Path) -> None:
         torch.onnx.export(
@@ -49,7 +49,7 @@ def onnx_int8(network: nn.Module, resolution: int, dst: Path, batches: Iterable[
     Raises:
         UserError: onnx, onnxscript or onnxruntime is not installed.
     """
-    _require("onnx", "onnxscript", "onnxruntime")
+    _require("onnx-int8", "onnx", "onnxscript", "onnxruntime")
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):
@@ -77,9 +77,41 @@ def onnx_int8(network: nn.Module, resolution: int, dst: Path, batches: Iterable[
     _aside(dst, write)
 
 
+def pt2e_int8(network: nn.Module, resolution: int, dst: Path, batches: Iterable[Tensor]) -> None:
+    """A torch.export program quantised by torchao as Inductor lowers it on x86: int8 weights per channel, uint8 inputs.
+
+    The operators are ATen's between quantize and dequantize: run as it is, it shows what int8 computes, and
+    torch.compile makes int8 kernels of it. `import torchao.quantization.pt2e` goes before loading it. Activations
+    take 7 bits: on CPUs without VNNI, sums of 8-bit products would saturate.
+
+    Raises:
+        UserError: torchao is not installed.
+    """
+    _require("pt2e-int8", "torchao")
+    with quiet():
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+        from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    def write(path: Path) -> None:
+        quantizer = x86.X86InductorQuantizer()
+        quantizer.set_global(x86.get_default_x86_inductor_quantization_config(reduce_range=True))
+        prepared = prepare_pt2e(_program(network, resolution).module(), quantizer)
+        for batch in batches:
+            prepared(batch)
+        converted = convert_pt2e(prepared)
+        # The float weights stay behind the int8 ones, used by nothing.
+        used = {node.target for node in converted.graph.nodes if node.op == "get_attr"}
+        for name in [name for name in converted.state_dict() if name not in used]:
+            owner, _, leaf = name.rpartition(".")
+            delattr(converted.get_submodule(owner), leaf)
+        _save(_program(converted, resolution), path)
+
+    _aside(dst, write)
+
+
 def pt2(network: nn.Module, resolution: int, dst: Path) -> None:
     """A torch.export program of ATen operators, for `torch.export.load`."""
-    _aside(dst, lambda path: torch.export.save(_program(network, resolution), path))
+    _aside(dst, lambda path: _save(_program(network, resolution), path))
 
 
 def aoti(network: nn.Module, resolution: int, dst: Path) -> None:
@@ -112,15 +144,24 @@ def torchscript(network: nn.Module, resolution: int, dst: Path) -> None:
 
 def _program(network: nn.Module, resolution: int) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=1, max=_MAX_BATCH)
-    return torch.export.export(network, (torch.zeros(2, 3, resolution, resolution),), dynamic_shapes=({0: batch},))
+    pictures = torch.zeros(2, 3, resolution, resolution)
+    return torch.export.export(network, (pictures,), dynamic_shapes=({0: batch},))
 
 
-def _require(*modules: str) -> None:
+def _save(program: torch.export.ExportedProgram, path: Path) -> None:
+    for node in program.graph.nodes:
+        # Where each operator came from: lines of source with this machine's paths, larger than the int8 weights.
+        for key in ("stack_trace", "from_node", "nn_module_stack"):
+            node.meta.pop(key, None)
+    torch.export.save(program, path)
+
+
+def _require(format: str, *modules: str) -> None:
     import importlib.util
 
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"--format onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+        raise UserError(f"--format {format} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def _aside(dst: Path, write: Callable[[Path], None]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mbv2.data import Loader, Recipe, Source, has_split, make_loader, open_source
+from mbv2.data.recipe import eval_options
 from mbv2.distributed import World
 from mbv2.errors import UserError
 from mbv2.files import fresh_dir
@@ -135,7 +136,7 @@ def choose_classes(options: "TrainOptions", data: Data, meta: dict[str, Any], lo
 def describe(options: "TrainOptions", data: Data, model: "MobileNetV2", pretrained: dict[str, Any]) -> dict[str, Any]:
     """The `meta` that travels with the weights: what evaluation and inference need to use them.
 
-    How pictures are normalised and squeezed is taken over from the `pretrained` weights' meta.
+    How pictures are normalised, squeezed, cropped and resized is taken over from the `pretrained` weights' meta.
     """
     names = list(data.train.class_names) if data.train else []
     names += [f"class {index}" for index in range(len(names), model.num_real_classes)]
@@ -152,6 +153,7 @@ def describe(options: "TrainOptions", data: Data, model: "MobileNetV2", pretrain
         "padding": model.padding,
         "bn_eps": model.bn_eps,
     }
+    meta |= {key: pretrained[key] for key in ("crop_pct", "interpolation") if key in pretrained}
     if data.train and data.train.synsets:
         meta["class_synsets"] = list(data.train.synsets)
     return meta
@@ -171,7 +173,7 @@ def make_loaders(
         resolution=options.resize,
         mean=tuple(meta["mean"]),
         std=tuple(meta["std"]),
-        squeeze=bool(meta.get("squeeze", False)),
+        **eval_options(meta, options.resize),
         area=(options.augment.area_min, 1.0),
         flip=options.augment.flip,
         trivial_augment=options.augment.trivial_augment,
