@@ -66,7 +66,10 @@ def check(model: mbv2.MobileNetV2, x: Tensor) -> None:
     assert got.dtype == torch.float32
     assert got.shape == wanted.shape
     error = (got - wanted).abs().max() / wanted.abs().max()
-    assert error < 5e-6, f"relative error {error:.1e}"
+    if error >= 5e-6:  # a few logits that all come out near zero are no measure: then plain torch's error is
+        with kernels.backend("aten"):
+            plain = (model(x) - wanted).abs().max() / wanted.abs().max()
+        assert error < 4 * plain, f"relative error {error:.1e}, plain torch's {plain:.1e}"
 
 
 @pytest.mark.parametrize("variant", mbv2.list_models())
@@ -94,6 +97,7 @@ def test_every_instruction_set_is_the_model_in_float64(isa: str, size: tuple[int
     seed=st.integers(0, 99),
 )
 @example(width=0.25, classes=3, batch=2, height=19, columns=140, isa=(ISAS or ["portable"])[0], seed=0)  # stem shortcut
+@example(width=1.06, classes=1, batch=5, height=22, columns=37, isa=(ISAS or ["portable"])[0], seed=7)  # logits near 0
 def test_any_width_resolution_and_batch(
     width: float, classes: int, batch: int, height: int, columns: int, isa: str, seed: int
 ) -> None:
