@@ -110,9 +110,13 @@ def _double(value: Any) -> Any:
 
 
 def _merged(value: Tensor) -> list[Tensor]:
-    """Parts of moments or sums put together (how a backend cuts its work is its own business), row by row."""
+    """Parts of moments or sums put together (how a backend cuts its work is its own business), row by row.
+
+    A mean may come out near zero, so its error is held against the deviation, which is beside it in the same row.
+    """
     if value.dim() == 3 and value.shape[1] == 3:
-        return list(aten.merge_moments(value))
+        count, mean, m2 = aten.merge_moments(value)
+        return [count, torch.stack([mean, (m2 / count.clamp(min=1)).sqrt()]), m2]
     if value.dim() == 3 and value.shape[1] == 2:
         return list(value.sum(0))
     return list(value) if value.dim() == 2 else [value]

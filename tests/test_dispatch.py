@@ -207,7 +207,9 @@ def test_stages_run_on_the_gpu_their_tensors_are_on(
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
     monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setitem(dispatch._backends, "cuda", dispatch.Backend(lambda device, dtype: None, lambda: aten))
     x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1), dtype=torch.float32)
     y, bn = torch.ones(1, 2, 3, 3), torch.ones(6, 2)
-    assert torch.equal(dispatch.Stages("aten", x).bn_apply(y, bn, None, True), aten.bn_apply(y, bn, None, True))
+    assert torch.equal(dispatch.Stages("cuda", x).bn_apply(y, bn, None, True), aten.bn_apply(y, bn, None, True))
     assert entered == guarded

@@ -45,11 +45,12 @@ def test_depthwise_kernels_are_the_chosen_ones() -> None:
 
 
 @pytest.mark.parametrize("gpu", roofline.GPUS, ids=lambda gpu: gpu.gpu)
-def test_the_fused_blocks_line_is_of_its_machine_code_and_moves_what_the_design_says(gpu: Architecture) -> None:
+def test_the_fused_blocks_line_is_of_its_machine_code_and_moves_input_and_output_once(gpu: Architecture) -> None:
     kernels = roofline.fused(gpu, plan.network(), 256)
     assert len(kernels) == 17 and {kernel.source for kernel in kernels} == {"CUDA C++"}
-    # Input and output of 17 blocks, and a 256th of the weights.
-    assert sum(kernel.bytes for kernel in kernels) / 1e6 == pytest.approx(4.2, abs=0.3)
+    # Input and output of 17 blocks in 2 bytes each, and a 256th of the weights.
+    least = sum(2 * (b.cin * b.side**2 + b.cout * b.side_out**2) for b in plan.network())
+    assert least < sum(kernel.bytes for kernel in kernels) < 1.02 * least
     # The design hoped for 20 an output of the depthwise stage; setting up, copying and storing come on top.
     outputs = sum(block.elements["E2"] for block in plan.network())
     assert 20 < sum(kernel.instructions for kernel in kernels) / outputs < 120
