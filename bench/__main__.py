@@ -17,6 +17,8 @@ BENCHES = {
     "cpu": ("bench.cpu", "inference on a CPU against other runtimes, by variant, batch and threads"),
     "cpu_parts": ("bench.cpu_parts", "our network on a CPU part by part: share of the peak, GFLOP/s, GB/s"),
     "cpu_scaling": ("bench.cpu_scaling", "what a picture costs on a CPU as batches and pictures grow; odd shapes"),
+    "cpu_bfloat16": ("bench.cpu_bfloat16", "inference in bfloat16 on a CPU against other runtimes"),
+    "cpu_int8": ("bench.cpu_int8", "inference in int8 on a CPU against other runtimes"),
     "cpu_training": ("bench.cpu_training", "training steps on a CPU, with the saved memory, against torchvision's"),
     "loader": ("bench.loader", "our loaders against torchvision's ImageFolder, on JPEG files"),
     "memory": ("bench.memory", "what training saves for the backward pass, and the peak of a step"),

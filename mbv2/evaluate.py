@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mbv2.model import MobileNetV2
     from mbv2.optimized import OptimizedMobileNetV2
 
-AMP_DTYPES = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+AMP_DTYPES = {"none": None, "int8": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class EvalOptions:
         loader: Which loader reads the pictures.
         device_target: GPU, CPU or auto.
         on_corrupt: fail names the first broken picture and stops; skip leaves broken ones out and counts them.
-        dtype: Mixed precision: none, fp16 or bf16.
+        dtype: Mixed precision: none, fp16 or bf16; or int8, on CPUs.
+        calibrate: With int8, a folder of pictures to measure ranges on, best not those evaluated; 200 are used.
         mean: Per channel, on values 0..1 (default: from the weights, else ImageNet's).
         std: Per channel, on values 0..1 (default: from the weights, else ImageNet's).
         json: File for the figures and how they came about.
@@ -86,7 +87,8 @@ class EvalOptions:
     loader: Literal["auto", "torch", "dali"] = "auto"
     device_target: str = "auto"
     on_corrupt: Literal["fail", "skip"] = "fail"
-    dtype: Literal["none", "fp16", "bf16"] = "none"
+    dtype: Literal["none", "fp16", "bf16", "int8"] = "none"
+    calibrate: str = ""
     mean: list[float] | None = None
     std: list[float] | None = None
     json: str = ""
@@ -176,7 +178,10 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: bad options, weights or data.
     """
+    from mbv2.calibration import check_options
+
     options, described = options_cli.parse(EvalOptions, argv, "mbv2 eval", EvalOptions.__doc__.splitlines()[0])
+    check_options(options.dtype, options.calibrate)
     for option in ("json", "per_class_csv", "confusion_png"):
         options_cli.check_writable(getattr(options, option), f"--{option}")
     world = distributed.init(options.device_target)
@@ -188,6 +193,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(options: EvalOptions, described: dict[str, Any], world: "World") -> None:
+    from mbv2.calibration import int8_network
     from mbv2.data import choose_loader, make_loader, open_source
     from mbv2.optimized import fastest
 
@@ -196,7 +202,10 @@ def _run(options: EvalOptions, described: dict[str, Any], world: "World") -> Non
     _check_classes(source, trained, options, world)
     kind, why = choose_loader(options.loader, world.device)
     dtype = AMP_DTYPES[options.dtype]
-    model, runs = fastest(trained.model, world.device, dtype)
+    if options.dtype == "int8":
+        model, runs = int8_network(trained, world.device, options.calibrate, world.is_main)
+    else:
+        model, runs = fastest(trained.model, world.device, dtype)
     _say(
         world,
         f"eval: {trained.source}, alpha {trained.model.width_mult:g}, {trained.recipe.resolution} px, "

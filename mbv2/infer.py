@@ -52,6 +52,8 @@ class InferOptions:
         num_parallel_workers: Loading processes, at most the cores there are.
         device_target: GPU, CPU or auto.
         on_corrupt: fail names the first broken picture and stops; skip names broken ones and goes on.
+        dtype: int8 computes in 8 bits, on CPUs.
+        calibrate: With int8, a folder of pictures to measure ranges on; 200 are used.
         mean: Per channel, on values 0..1 (default: from the weights, else ImageNet's).
         std: Per channel, on values 0..1 (default: from the weights, else ImageNet's).
     """
@@ -70,11 +72,13 @@ class InferOptions:
     num_parallel_workers: int = 8
     device_target: str = "auto"
     on_corrupt: Literal["fail", "skip"] = "fail"
+    dtype: Literal["none", "int8"] = "none"
+    calibrate: str = ""
     mean: list[float] | None = None
     std: list[float] | None = None
 
 
-def find_pictures(data_url: str) -> "Source":
+def find_pictures(data_url: str, option: str = "--data_url") -> "Source":
     """The picture file, or the pictures under the folder in sorted order, as an unlabelled source (label 0).
 
     Raises:
@@ -84,11 +88,11 @@ def find_pictures(data_url: str) -> "Source":
 
     path = Path(data_url)
     if not data_url or not path.exists():
-        raise UserError(f"no picture or folder at {data_url!r}; give --data_url a picture file or a folder of them")
+        raise UserError(f"no picture or folder at {data_url!r}; give {option} a picture file or a folder of them")
     if path.is_dir():
         samples = [Sample(str(file.relative_to(path)), 0, str(file)) for file in image_files(path)]
         if not samples:
-            raise UserError(f"--data_url {data_url}: holds no picture ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            raise UserError(f"{option} {data_url}: holds no picture ({', '.join(sorted(IMAGE_SUFFIXES))})")
     else:
         samples = [Sample(path.name, 0, str(path))]
     return Source(samples, ["unknown"])
@@ -117,7 +121,10 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: bad options, weights or pictures.
     """
+    from mbv2.calibration import check_options
+
     options, described = options_cli.parse(InferOptions, argv, "mbv2 infer", InferOptions.__doc__.splitlines()[0])
+    check_options(options.dtype, options.calibrate)
     if options.topk < 1:
         raise UserError(f"--topk {options.topk}: must be at least 1")
     for option in ("json", "csv"):
@@ -155,11 +162,15 @@ def _run(
     world: distributed.World,
     output: Path | None,
 ) -> dict[str, list[Prediction]]:
+    from mbv2.calibration import int8_network
     from mbv2.data import make_loader
     from mbv2.data.decode import decode
     from mbv2.optimized import fastest
 
-    model, runs = fastest(trained.model, world.device)
+    if options.dtype == "int8":
+        model, runs = int8_network(trained, world.device, options.calibrate, progress=True)
+    else:
+        model, runs = fastest(trained.model, world.device)
     print(f"infer: {trained.source}, {world.device.type}, {runs}", file=sys.stderr)
     count = len(pictures.samples)
     loader = make_loader(

@@ -222,7 +222,7 @@ def _pointwise(
     bias = (bias / step - scale.zero * whole.sum(1)).round().clamp(-2 * _BIAS_LIMIT, 2 * _BIAS_LIMIT)
     multiplier = step * gain
     if not ((bias.abs() + 255 * whole.abs().sum(1)) * multiplier < 2**31).all():
-        raise ValueError("the weights are too large or not finite: their sums leave the range of the int8 kernels")
+        raise ValueError("the weights are too large, or activations vanish: sums leave the range of the int8 kernels")
     return whole.view(weight.shape), _outputs(bias, multiplier)
 
 
