@@ -70,14 +70,17 @@ class BuildParallel(build_ext):
 
     def _compile_one(self, ext: Extension, source: str) -> list[str]:
         x86 = platform.machine().lower() in ("x86_64", "amd64")
+        with_torch = Path(source).parent.name == "csrc"
         return self.compiler.compile(
             [source],
             output_dir=self.build_temp,
             macros=ext.define_macros,
             # Only the operators see torch's headers.
-            include_dirs=ext.include_dirs if Path(source).parent.name == "csrc" else [],
+            include_dirs=ext.include_dirs if with_torch else [],
             # kernels_avx2.cpp, train_avx2.cpp
-            extra_postargs=_FLAGS + (_ISA_FLAGS.get(Path(source).stem.rpartition("_")[2], []) if x86 else []),
+            extra_postargs=_FLAGS
+            + (_ISA_FLAGS.get(Path(source).stem.rpartition("_")[2], []) if x86 else [])
+            + (ext.extra_compile_args if with_torch else []),
             depends=ext.depends,
         )
 
@@ -159,7 +162,17 @@ def _extensions() -> list[Extension]:
     headers = sorted(str(path) for path in Path("csrc").glob("**/*.*h"))
     macros = [("_GLIBCXX_USE_CXX11_ABI", str(int(torch.compiled_with_cxx11_abi())))]
     sources = [path for path in sorted(Path("csrc").glob("**/*.cpp")) if not path.name.startswith("ops_cuda")]
-    cpu = CppExtension("mbv2._C", list(map(str, sources)), define_macros=macros, depends=headers, optional=True)
+    # Without it, torch's headers make at::parallel_for a plain loop. The runtime is the one that torch brings along.
+    threads = ["-fopenmp"] if torch.backends.openmp.is_available() and sys.platform == "linux" else []
+    cpu = CppExtension(
+        "mbv2._C",
+        list(map(str, sources)),
+        define_macros=macros,
+        depends=headers,
+        optional=True,
+        extra_compile_args=threads,
+        extra_link_args=threads,
+    )
     return [cpu, *_cuda_extension(macros, headers)]
 
 

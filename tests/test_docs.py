@@ -30,6 +30,15 @@ x, weight = torch.zeros(1, 8, 4, 4), torch.zeros(16, 8, 1, 1)
 """
 
 
+def lively(model: MobileNetV2) -> MobileNetV2:
+    """With statistics that keep activations from fading, as training does; int8 cannot hold faded ones."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_var, 0.2, 0.5)
+            torch.nn.init.normal_(module.bias, 0, 0.3)
+    return model
+
+
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Drawn pictures and random weights, under the names that the docs use."""
@@ -43,7 +52,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(picture, folder / name)
     shutil.copytree(ROOT / "mbv2" / "configs", folder / "mbv2" / "configs")
     meta = {"class_names": list(CLASS_NAMES), "num_classes": 12}
-    narrow, wide = MobileNetV2(1000, 0.35), MobileNetV2(12, 0.75)
+    narrow, wide = lively(MobileNetV2(1000, 0.35)), lively(MobileNetV2(12, 0.75))
     for name in ("weights.pth", "WEIGHTS"):
         torch.save(narrow.state_dict(), folder / name)
     torch.save(wide.state_dict(), folder / "PATH")
@@ -56,7 +65,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scratch(material: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The material as the present folder, one thread, and no downloads: random weights stand in for published ones."""
     monkeypatch.chdir(material)
-    published = weights.Weights(MobileNetV2().state_dict(), {"alpha": 1.0, "num_classes": 1000})
+    published = weights.Weights(lively(MobileNetV2()).state_dict(), {"alpha": 1.0, "num_classes": 1000})
     monkeypatch.setattr(weights, "published", lambda name: published)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
