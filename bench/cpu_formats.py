@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import mbv2
-from bench import report, schema, tables, timing
+from bench import plots, report, schema, tables, timing
 from bench.cpu_peers import Case, Runner, make_models
 from bench.kernels import variant
 from bench.model import pictures
@@ -93,7 +93,14 @@ def measure(comparison: Comparison, case: Case, wanted: Sequence[str], seconds: 
     for name, taken in times.items():
         row = {"model": f"{case.width}_{case.resolution}", "batch": case.batch, "threads": case.threads, "runner": name}
         row |= timing.summary(taken, baseline, cpu)
-        rows.append({**row, "peak_percent": 100 * work / min(taken.wall) / peak, "error": errors[name]})
+        rows.append(
+            {
+                **row,
+                "peak_percent": 100 * work / min(taken.wall) / peak,
+                "error": errors[name],
+                "baseline": comparison.baseline,
+            }
+        )
     return rows, left_out
 
 
@@ -111,7 +118,7 @@ def main(comparison: Comparison, about: str, argv: Sequence[str]) -> int:
     except BackendError as error:
         print(f"nothing to measure: {error}")
         return 0
-    settings = {"models": options.models, "isa": isa, "seconds": options.seconds}
+    settings = {"models": options.models, "isa": isa, "seconds": options.seconds, "device": "cpu"}
     result = schema.new(comparison.name, argv, settings)
     for model in options.models:
         for batch in options.batches:
@@ -122,5 +129,7 @@ def main(comparison: Comparison, about: str, argv: Sequence[str]) -> int:
                 result.left_out.update(left_out)
     print(tables.text(result, COLUMNS), flush=True)
     if options.out is not None:
-        result.write(options.out.parent / f"{options.out.name}.json")
+        file = options.out.parent / f"{options.out.name}.json"
+        result.write(file)
+        print(f"wrote {file}, {', '.join(map(str, plots.draw(result, file)))}")
     return 0 if result.rows and "mbv2" not in result.left_out else 1

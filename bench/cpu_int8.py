@@ -21,6 +21,7 @@ from torch import Tensor
 
 import mbv2
 from bench import cpu_formats
+from bench.cpu_formats import COLUMNS as COLUMNS
 from bench.cpu_formats import Comparison, MakeRunner, Models
 from bench.cpu_peers import Case, Runner
 from mbv2 import weights

@@ -22,6 +22,8 @@ _DRAWN_BY = {
     "model": "bench.plots_speed",
     "train": "bench.plots_speed",
     "cpu_training": "bench.plots_speed",
+    "cpu_bfloat16": "bench.plots_speed",
+    "cpu_int8": "bench.plots_speed",
     "cpu": "bench.plots_cpu",
     "cpu_parts": "bench.plots_cpu",
     "cpu_scaling": "bench.plots_cpu",

@@ -190,6 +190,8 @@ _DRAW = {
     "model": _speed,
     "train": _speed,
     "cpu_training": _speed,
+    "cpu_bfloat16": _speed,
+    "cpu_int8": _speed,
     "loader": _loader,
     "memory": _memory,
     "cold": _cold,

@@ -78,6 +78,14 @@ RESULTS = {
         ],
         device="cpu",
     ),
+    "cpu_int8": result(
+        "cpu_int8",
+        [
+            {"model": "1.0_224", "runner": n, "baseline": "mbv2 float32", "error": 0.02, **SPEED}
+            for n in ("mbv2", "mbv2 float32")
+        ],
+        device="cpu",
+    ),
     "cold": result(
         "cold",
         [

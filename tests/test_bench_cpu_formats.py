@@ -1,10 +1,10 @@
-"""bench.cpu_bfloat16: it measures where there are instructions for it, and says so where there are none."""
+"""bench.cpu_bfloat16 and cpu_int8: they measure where there are instructions, and say so where there are none."""
 
 from pathlib import Path
 
 import pytest
 
-from bench import cpu_bfloat16, schema
+from bench import cpu_bfloat16, cpu_int8, schema
 from mbv2.kernels import cpu_network
 
 pytestmark = pytest.mark.skipif(cpu_network.refusal() is not None, reason=f"{cpu_network.refusal()}")
@@ -27,3 +27,14 @@ def test_every_runner_is_measured_or_named(monkeypatch: pytest.MonkeyPatch, tmp_
     assert {"mbv2", "mbv2 float32", "eager autocast"} <= measured
     assert measured | result.left_out.keys() == cpu_bfloat16.RUNNERS.keys()
     assert all(row["min_ms"] > 0 and row["peak_percent"] > 0 for row in result.rows)
+
+
+def test_int8_has_right_logits_beside_the_other_runtimes(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    assert cpu_int8.main([*SMALL, "--out", str(tmp_path / "i")]) == 0
+    result = schema.read(tmp_path / "i.json")
+    errors = {row["runner"]: row["error"] for row in result.rows}
+    assert {"mbv2", "mbv2 float32"} <= errors.keys()
+    assert errors.keys() | result.left_out.keys() == cpu_int8.RUNNERS.keys()
+    assert errors["mbv2 float32"] < 1e-5 < errors["mbv2"] < 0.3
+    assert (tmp_path / "i.png").is_file()
