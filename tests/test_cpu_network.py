@@ -31,6 +31,11 @@ NETWORK = [
         *("network_bfloat16", "network_float32", "plan"),
     )
 ]
+# isa.cpp names every format's kernels.
+INT8 = [
+    KERNELS / f"{name}.cpp"
+    for name in ("kernels_int8_avx2", "kernels_int8_avx512vnni", "kernels_int8_portable", "network_int8")
+]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 pytestmark = pytest.mark.skipif(not ISAS, reason=f"{cpu_network.refusal()}")
@@ -328,9 +333,13 @@ def test_the_kernels_run_clean_under_the_address_and_undefined_behaviour_sanitiz
         "kernels_avx512": ["-mavx512f", "-mavx512dq", "-mfma"],
         "kernels_avx512bf16": ["-mavx512f", "-mavx512dq", "-mavx512bf16", "-mfma"],
         "kernels_avx2": ["-mavx2", "-mfma"],
+        "kernels_int8_avx2": ["-mavx2", "-mfma"],
+        "kernels_int8_avx512vnni": [
+            *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mavx2", "-mfma")
+        ],
     }
     flags = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    build([*NETWORK, ROOT / "tests" / "cpu_network_sanitized.cpp"], flags, isa_flags if X86 else {}, program)
+    build([*NETWORK, *INT8, ROOT / "tests" / "cpu_network_sanitized.cpp"], flags, isa_flags if X86 else {}, program)
     assert run_built(program) >= 126
 
 
