@@ -2,8 +2,8 @@
 
 Only where the CPU has AVX512_BF16 is there anything to compare; elsewhere one line says so (MBV2_CPU_ISA=portable
 measures the slow path all the same). All runners have the same weights, and none is timed whose logits are further from
-float64 than 5 %. Our network in float32 is timed beside them. Rounds are interleaved; `faster` is the
-median of the rounds' ratios over eager, of time on the cores.
+float64 than 5 %. Our network in float32 is timed beside them. Rounds are interleaved; `faster` is the median of the
+rounds' ratios over eager, of time on the core, by the clock with several threads.
 """
 
 import copy

@@ -93,6 +93,9 @@ def measure(comparison: Comparison, case: Case, wanted: Sequence[str], seconds: 
     for name, taken in times.items():
         row = {"model": f"{case.width}_{case.resolution}", "batch": case.batch, "threads": case.threads, "runner": name}
         row |= timing.summary(taken, baseline, cpu)
+        if case.threads > 1:  # threads that wait use time on the cores as well, so the clock's is compared
+            ratios = [theirs / own for own, theirs in zip(taken.wall, baseline.wall, strict=True)]
+            row["faster_low"], row["faster"], row["faster_high"] = timing.quartiles(ratios)
         rows.append(
             {
                 **row,

@@ -5,7 +5,7 @@ the file given with --tflite, which has weights of its own (e.g. TensorFlow's pu
 Ranges are measured on the same random pictures. No runner is timed whose logits are further from float64 than 30 %
 (Frobenius norm), LiteRT's from those of its file converted by `mbv2 convert`; the table has every error. Our network in
 float32 is timed beside them. Rounds are interleaved; `faster` is the median of the rounds' ratios over that, of time on
-the cores. "% of peak" is of float32's.
+the core, by the clock with several threads. "% of peak" is of float32's.
 """
 
 import argparse

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mbv2.model import MobileNetV2
     from mbv2.optimized import OptimizedMobileNetV2
 
-AMP_DTYPES = {"none": None, "int8": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+AMP_DTYPES = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def _run(options: EvalOptions, described: dict[str, Any], world: "World") -> Non
     source = open_source(options.data_url, "val", trained.class_names if trained.names_are_own else None)
     _check_classes(source, trained, options, world)
     kind, why = choose_loader(options.loader, world.device)
-    dtype = AMP_DTYPES[options.dtype]
+    dtype = AMP_DTYPES.get(options.dtype)  # int8 is no mixed precision
     if options.dtype == "int8":
         model, runs = int8_network(trained, world.device, options.calibrate, world.is_main)
     else:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mbv2.errors import UserError
+from mbv2.folding import scale_and_shift
 from mbv2.kernels import BackendError, cpu_network
 from mbv2.model import MobileNetV2
 
@@ -231,11 +232,7 @@ def fold(model: MobileNetV2) -> list[Tensor]:
     stages.append(model.features[-1].stage())
     folded = []
     for weight, bn in stages:
-        # In float64 so that folding adds no error of its own.
-        scale = torch.rsqrt(bn.running_var.double() + bn.eps)
-        scale = scale if bn.weight is None else scale * bn.weight.double()
-        shift = -bn.running_mean.double() * scale
-        shift = shift if bn.bias is None else shift + bn.bias.double()
+        scale, shift = scale_and_shift(bn)
         # By numpy, on this thread: waking torch's thread pool for so little takes longer than the work.
         product = weight.detach().numpy() * scale.view(-1, 1, 1, 1).numpy()
         folded += [torch.from_numpy(product.astype("float32", order="C")), shift.float()]

@@ -51,7 +51,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     return code, captured.out, captured.err
 
 
-def test_infer_computes_what_the_network_calibrated_by_hand_does(
+def test_infer_in_int8_is_near_float32_and_not_the_same(
     weights: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["infer", "--device_target", "CPU", "--pretrained", weights, "--data_url", folder, "--topk", "3"]
