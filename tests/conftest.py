@@ -5,6 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# Two processes of tests with two threads each share two cores: a thread that spins while it waits keeps the others
+# from working. The runtime reads it once, when torch loads it; what tests start inherits it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 

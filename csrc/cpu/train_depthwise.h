@@ -32,14 +32,15 @@ struct Ring {
 };
 
 // `Count` neighbouring outputs, for all channels; sums of (y - pivot) and of its square are added to s and q. Folded:
-// relu6(y + pivot) instead, and no sums.
+// relu6(y + pivot) instead, and no sums. `ahead`: the memory of the next strip's outputs is fetched.
 template <class V, class T, int Stride, int Count, bool Folded>
 void depthwise_strip(const float* const rows[3], int64_t plane, const float* weights, int64_t channels, T* out,
-                     const float* pivot, float* s, float* q) {
+                     const float* pivot, float* s, float* q, bool ahead) {
     const float *above = rows[0], *here = rows[1], *below = rows[2];
     for (int64_t c = 0; c < channels; c += V::lanes, above += plane, here += plane, below += plane) {
         typename V::Type acc[Count];
         MBV2_UNROLL for (int i = 0; i < Count; ++i) acc[i] = V::zero();
+        if (ahead) fetch_pixels<Count>(out + Count * channels + c, channels, c);
         const auto add_row = [&](const float* x, const float* w) __attribute__((always_inline)) {
             const typename V::Type taps[3] = {V::load(w), V::load(w + V::lanes), V::load(w + 2 * V::lanes)};
             MBV2_UNROLL for (int j = 0; j < (Count - 1) * Stride + 3; ++j) {
@@ -75,7 +76,7 @@ void depthwise_strip(const float* const rows[3], int64_t plane, const float* wei
 }
 
 template <class T>
-using Strip = void (*)(const float* const[3], int64_t, const float*, int64_t, T*, const float*, float*, float*);
+using Strip = void (*)(const float* const[3], int64_t, const float*, int64_t, T*, const float*, float*, float*, bool);
 
 // `count` values, whole cache lines, past the caches.
 template <class V, class T>
@@ -133,13 +134,13 @@ void depthwise(const DepthwiseForward<T>& conv, int64_t n, int64_t first, int64_
             const int64_t count = narrow + (i < wider);
             if (statistics && seen == 0) {
                 // The first pixel becomes the pivot.
-                strip[0](rows, ring.plane, conv.weights, channels, out, mean, s, q);
+                strip[0](rows, ring.plane, conv.weights, channels, out, mean, s, q, false);
                 for (int64_t c = 0; c < channels; ++c) {
                     mean[c] = s[c];
                     s[c] = q[c] = 0;
                 }
             }
-            strip[count - 1](rows, ring.plane, conv.weights, channels, stream ? held : out, pivot, s, q);
+            strip[count - 1](rows, ring.plane, conv.weights, channels, stream ? held : out, pivot, s, q, !stream);
             if (stream) stream_out<V>(held, count * channels, out);
             for (int64_t r = 0; r < 3; ++r) rows[r] += count * conv.stride * V::lanes;
             out += count * channels;
@@ -227,10 +228,11 @@ inline __attribute__((always_inline)) void inputs_backward_1(const Lane<V, T>& l
     V::store(lane.centred_sum, centred);
 }
 
-// Inputs [x, x + count) of row y, stride 1. rows: dy2's rows y - 1, y, y + 1, at the column before x.
+// Inputs [x, x + count) of row y, stride 1. rows: dy2's rows y - 1, y, y + 1, at the column before x. The next strip of
+// y1 is fetched, as no hardware follows columns of channels; `ahead`: of dz1 too.
 template <class V, class T, bool Normalised>
 void strip_backward_1(const DepthwiseBackward<T>& conv, const float* const rows[3], int64_t plane, const T* y1, T* dz1,
-                      int64_t count, float* sums, float* dweight) {
+                      int64_t count, float* sums, float* dweight, bool ahead) {
     const int64_t channels = conv.channels;
     for (int64_t c = 0; c < channels; c += V::lanes) {
         const Lane<V, T> lane(conv, c, sums, dweight);
@@ -240,6 +242,8 @@ void strip_backward_1(const DepthwiseBackward<T>& conv, const float* const rows[
         T* to = dz1 + c;
         int64_t left = count;
         const auto go = [&]<int Count>() __attribute__((always_inline)) {
+            fetch_pixels<Count>(from + kBackwardStrip * channels, channels, c);
+            if (ahead) fetch_pixels<Count>(to + kBackwardStrip * channels, channels, c);
             inputs_backward_1<V, T, Normalised, Count>(lane, above, here, below, from, to);
             above += Count * V::lanes;
             here += Count * V::lanes;
@@ -283,7 +287,7 @@ inline __attribute__((always_inline)) void input_backward_2(const Lane<V, T>& la
 // second row of dz1 is `to_line` after the first.
 template <class V, class T, bool Normalised>
 void strip_backward_2(const DepthwiseBackward<T>& conv, const float* const rows[2], int64_t plane, const T* y1, T* dz1,
-                      int64_t to_line, int64_t count, bool both, float* sums, float* dweight) {
+                      int64_t to_line, int64_t count, bool both, float* sums, float* dweight, bool ahead) {
     const int64_t channels = conv.channels, line = conv.width * channels;
     for (int64_t c = 0; c < channels; c += V::lanes) {
         const Lane<V, T> lane(conv, c, sums, dweight);
@@ -298,6 +302,13 @@ void strip_backward_2(const DepthwiseBackward<T>& conv, const float* const rows[
             const T* from = y1 + i * channels + c;
             T* to = dz1 + i * channels + c;
             const bool pair = i + 1 < count;
+            const T* next = from + kBackwardStrip * channels;
+            fetch_pixels<2>(next, channels, c);
+            fetch_pixels<2>(next + line, channels, c);
+            if (ahead) {
+                fetch_pixels<2>(to + kBackwardStrip * channels, channels, c);
+                fetch_pixels<2>(to + kBackwardStrip * channels + to_line, channels, c);
+            }
             input_backward_2<V, T, Normalised, 4>(lane, into, total, centred, from, where, to);
             if (pair) {
                 input_backward_2<V, T, Normalised, 3, 5>(lane, into, total, centred, from + channels, where,
@@ -345,12 +356,12 @@ void depthwise_backward(const DepthwiseBackward<T>& conv, int64_t n, int64_t fir
                 const float* rows[3];
                 for (int64_t r = 0; r < 3; ++r) rows[r] = ring.at(y + r - 1) + x * V::lanes;
                 const auto strip = conv.bn1 ? strip_backward_1<V, T, true> : strip_backward_1<V, T, false>;
-                strip(conv, rows, ring.plane, y1, to, count, sums, dweight);
+                strip(conv, rows, ring.plane, y1, to, count, sums, dweight, !stream);
             } else {
                 const float* rows[2];
                 for (int64_t r = 0; r < 2; ++r) rows[r] = ring.at(y / 2 + r) + (x / 2 + 1) * V::lanes;
                 const auto strip = conv.bn1 ? strip_backward_2<V, T, true> : strip_backward_2<V, T, false>;
-                strip(conv, rows, ring.plane, y1, to, to_line, count, both, sums, dweight);
+                strip(conv, rows, ring.plane, y1, to, to_line, count, both, sums, dweight, !stream);
             }
             if (!stream) continue;
             stream_out<V>(held, count * channels, dz1);

@@ -16,6 +16,48 @@ namespace {
 
 // Length of a run of products before the sums go back to memory: a panel's share stays in L1.
 constexpr int64_t kRun = 256;
+constexpr int64_t kLine = 64;  // bytes of a cache line
+
+// Rows of one matrix, or of two of one shape, that are read or written soon: a few lines of them are fetched into the
+// second cache before each tile of a product, so that memory works while the arithmetic does.
+class Ahead {
+ public:
+    Ahead() = default;
+    // `values` of each of `rows` rows, which are `stride` values apart, over `tiles` tiles; `two` may be null.
+    template <class T>
+    Ahead(const T* one, const T* two, int64_t rows, int64_t values, int64_t stride, int64_t tiles)
+        : one_(reinterpret_cast<const char*>(one)),
+          two_(reinterpret_cast<const char*>(two)),
+          rows_(rows),
+          bytes_(values * static_cast<int64_t>(sizeof(T))),
+          stride_(stride * static_cast<int64_t>(sizeof(T))),
+          each_(ceil_div(rows * ceil_div(bytes_, kLine), tiles)) {}
+    template <class T>
+    Ahead(const T* one, int64_t rows, int64_t values, int64_t stride, int64_t tiles)
+        : Ahead(one, static_cast<const T*>(nullptr), rows, values, stride, tiles) {}
+    void fetch() {
+        for (int64_t i = 0; i < each_ && rows_ > 0; ++i) {
+            __builtin_prefetch(one_ + at_, 0, 2);
+            if (two_ != nullptr) __builtin_prefetch(two_ + at_, 0, 2);
+            at_ += kLine;
+            if (at_ < bytes_) continue;
+            at_ = 0;
+            --rows_;
+            one_ += stride_;
+            if (two_ != nullptr) two_ += stride_;
+        }
+    }
+
+ private:
+    const char *one_ = nullptr, *two_ = nullptr;
+    int64_t rows_ = 0, bytes_ = 0, stride_ = 0, each_ = 0, at_ = 0;
+};
+
+// Tiles of a product of `rows` rows, for an even pace of Ahead.
+template <class V>
+int64_t tiles_of(int64_t rows) {
+    return ceil_div(rows, V::rows[1]);
+}
 
 // c[M][panel] (+)= a * b. Transposed false: a[m * stride + k]; true: a[k * stride + m].
 template <class V, int M, int Vectors, bool Transposed>
@@ -59,8 +101,8 @@ struct GemmTiles<V, Vectors, Transposed, 0, Less...> {
 };
 
 template <class V, int Vectors, bool Transposed>
-void gemm_panel(const float* a, int64_t stride, int64_t rows, int64_t length, const float* b, float* c,
-                bool accumulate) {
+void gemm_panel(const float* a, int64_t stride, int64_t rows, int64_t length, const float* b, float* c, bool accumulate,
+                Ahead& ahead) {
     constexpr int kMost = V::rows[Vectors - 1], kWidth = Vectors * V::lanes;
     // Tiles of nearly equal height: a last tile of one row would run at the latency of its additions.
     const int64_t count = ceil_div(rows, kMost), height = rows / count, higher = rows % count;
@@ -69,6 +111,7 @@ void gemm_panel(const float* a, int64_t stride, int64_t rows, int64_t length, co
         int64_t row = 0;
         for (int64_t i = 0; i < count; ++i) {
             const int64_t m = height + (i < higher);
+            ahead.fetch();
             const float* from = Transposed ? a + begin * stride + row : a + row * stride + begin;
             GemmTiles<V, Vectors, Transposed, kMost>::entries[m - 1](from, stride, b + begin * kWidth, run,
                                                                      c + row * kWidth, accumulate || begin > 0);
@@ -77,17 +120,18 @@ void gemm_panel(const float* a, int64_t stride, int64_t rows, int64_t length, co
     }
 }
 
-// c[rows][panel] (+)= a[rows][length] * b[length][panel]; Transposed: a is [length][rows]. `stride` is a's.
+// c[rows][panel] (+)= a[rows][length] * b[length][panel]; Transposed: a is [length][rows]. `stride` is a's. `ahead` is
+// fetched meanwhile.
 template <class V, bool Transposed>
 void gemm(const float* a, int64_t stride, int64_t rows, int64_t length, const float* b, int64_t vectors, float* c,
-          bool accumulate) {
+          bool accumulate, Ahead& ahead) {
     switch (vectors) {
         case 1:
-            return gemm_panel<V, 1, Transposed>(a, stride, rows, length, b, c, accumulate);
+            return gemm_panel<V, 1, Transposed>(a, stride, rows, length, b, c, accumulate, ahead);
         case 2:
-            return gemm_panel<V, 2, Transposed>(a, stride, rows, length, b, c, accumulate);
+            return gemm_panel<V, 2, Transposed>(a, stride, rows, length, b, c, accumulate, ahead);
         default:
-            return gemm_panel<V, 3, Transposed>(a, stride, rows, length, b, c, accumulate);
+            return gemm_panel<V, 3, Transposed>(a, stride, rows, length, b, c, accumulate, ahead);
     }
 }
 

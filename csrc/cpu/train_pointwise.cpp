@@ -4,8 +4,9 @@
 namespace mbv2::cpu::train {
 namespace {
 
-// A task's share of a weight's gradient that stays in its core's cache.
-constexpr int64_t kResident = 32 * 1024;
+// Values of a weight's gradient that a task adds to once for each tile of rows: beside dx, and by themselves, where
+// more tasks are worth more than reading dz and y once.
+constexpr int64_t kBesideInput = 64 * 1024, kShare = 32 * 1024;
 
 template <class T>
 Patches<T> patches_of(const T* x, const Pictures& p) {
@@ -57,7 +58,7 @@ void backward(const Machine& machine, PointwiseBackward<T> conv, const float* co
     const auto task = tasks<T>(machine.kernels).pointwise_backward;
     const int64_t size = conv.inputs * conv.outputs;
     const Machine workers = for_work(machine, rows * size);
-    if (weight != nullptr && (dweight == nullptr || size > kResident)) {
+    if (weight != nullptr && (dweight == nullptr || size > kBesideInput)) {
         const Parts parts = parts_of(rows);
         run_tasks(workers, parts.count, scratch_floats, [&](int64_t i, float* scratch) {
             task(conv, parts.begin(i), parts.end(i), 0, conv.outputs, nullptr, scratch);
@@ -68,7 +69,7 @@ void backward(const Machine& machine, PointwiseBackward<T> conv, const float* co
     const Parts parts = weight_parts(rows, size);
     const int64_t floats = panels_floats(*dweight, Along::inputs, lanes);
     const int64_t share =
-        conv.weights != nullptr ? conv.outputs : std::max<int64_t>(1, kResident / conv.inputs / kChunk) * kChunk;
+        conv.weights != nullptr ? conv.outputs : std::max<int64_t>(1, kShare / conv.inputs / kChunk) * kChunk;
     const int64_t shares = ceil_div(conv.outputs, share);
     float* all = memory.parts.get(parts.count * floats);
     run_tasks(workers, parts.count * shares, scratch_floats, [&](int64_t i, float* scratch) {
@@ -119,7 +120,7 @@ void project_backward(const Machine& machine, const T* grad, const T* y3, const 
     const ProjectBackward<T> conv = {grad,    y3,  constants, packed,  y2,
                                      wide_bn, dz2, hidden,    outputs, beyond_caches<T>(rows * hidden)};
     const Parts parts = dweight == nullptr ? parts_of(rows) : weight_parts(rows, hidden * outputs);
-    const int64_t share = std::max<int64_t>(1, kResident / (2 * lanes * outputs));
+    const int64_t share = std::max<int64_t>(1, kShare / (2 * lanes * outputs));
     const int64_t shares = ceil_div(panels(vectors), share);
     const int64_t weight_floats = dweight == nullptr ? 0 : parts.count * floats;
     float* all = memory.parts.get(weight_floats + parts.count * 2 * wide);

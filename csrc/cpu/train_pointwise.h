@@ -14,9 +14,16 @@ void forward(const Forward<T>& conv, int64_t first, int64_t last, float* moments
     const int64_t stride = tile_stride(inputs);
     float *tile = scratch, *panel = tile + kRows * stride;
     const bool stream = conv.stream && outputs * sizeof(T) % 64 == 0 && reinterpret_cast<uintptr_t>(conv.y) % 64 == 0;
+    // What is wider sets the pace: the results, unless they are stored past the caches, or the next tile of x.
+    const bool into_caches = !stream && outputs > inputs;
     const int64_t height = tile_rows(last - first);
     for (int64_t row = first; row < last; row += height) {
-        const int64_t rows = least(height, last - row);
+        const int64_t rows = least(height, last - row), next = row + rows;
+        Ahead ahead;
+        if (!into_caches && conv.patches == nullptr) {
+            ahead = {conv.x + next * inputs, least(height, last - next), inputs, inputs,
+                     tiles_of<V>(rows) * panels(vectors)};
+        }
         const float* a = tile;
         int64_t a_stride = stride;
         if (conv.patches != nullptr) {
@@ -29,7 +36,10 @@ void forward(const Forward<T>& conv, int64_t first, int64_t last, float* moments
         }
         for (int64_t p = 0; p < panels(vectors); ++p) {
             const int64_t column = 2 * p * V::lanes, count = panel_vectors(vectors, p);
-            gemm<V, false>(a, a_stride, rows, inputs, conv.weights + column * inputs, count, panel, false);
+            if (into_caches) {
+                ahead = {conv.y + row * outputs + column, rows, count * V::lanes, outputs, tiles_of<V>(rows)};
+            }
+            gemm<V, false>(a, a_stride, rows, inputs, conv.weights + column * inputs, count, panel, false, ahead);
             emit<V>(panel, count, rows, column, outputs, conv.y + row * outputs, moments, row - first, stream);
         }
     }
@@ -85,29 +95,20 @@ struct Hidden {
     }
 };
 
-// Rows of one or two vectors of channels: two, so that cache lines are filled at once. `ahead`: the same channels of
-// the next tile are fetched, as no hardware follows columns.
+// Rows of one or two vectors of channels: two, so that cache lines are filled at once.
 template <class V, class T, bool Gradient, bool Activation, bool Stream>
 void mask_columns(const ProjectBackward<T>& conv, int64_t row, int64_t rows, int64_t c, int64_t vectors,
-                  const float* panel, float* activation, int64_t width, float* sums, bool add, bool ahead) {
+                  const float* panel, float* activation, int64_t width, float* sums, bool add) {
     const int64_t hidden = conv.hidden;
-    const T *next_y = conv.y2 + (row + rows) * hidden + c, *next_out = conv.dz2 + (row + rows) * hidden + c;
-    const auto fetch = [&](int64_t r) __attribute__((always_inline)) {
-        if (!ahead) return;
-        __builtin_prefetch(next_y + r * hidden, 0, 2);
-        if constexpr (Gradient && !Stream) __builtin_prefetch(next_out + r * hidden, 0, 2);
-    };
     Hidden<V, T> one(conv, row, c, panel, activation, sums, add);
     if (vectors == 1) {
         for (int64_t r = 0; r < rows; ++r) {
-            fetch(r);
             one.template take<Gradient, Activation, false>(r * width, r * hidden);
         }
         return one.finish();
     }
     Hidden<V, T> two(conv, row, c + V::lanes, panel + V::lanes, activation + V::lanes, sums, add);
     for (int64_t r = 0; r < rows; ++r) {
-        fetch(r);
         one.template take<Gradient, Activation, Stream>(r * width, r * hidden);
         two.template take<Gradient, Activation, Stream>(r * width, r * hidden);
     }
@@ -130,23 +131,28 @@ void project_backward(const ProjectBackward<T>& conv, int64_t first, int64_t las
                                 : mask_columns<V, T, true, true, false>;
     const int64_t height = tile_rows(last - first);
     for (int64_t row = first; row < last; row += height) {
-        const int64_t rows = least(height, last - row);
+        const int64_t rows = least(height, last - row), next = row + rows;
         affine<V, T>(conv.grad + row * outputs, conv.y3 + row * outputs, conv.coef3, nullptr, rows, outputs, 0, outputs,
                      tile, stride);
         for (int64_t p = panel_begin; p < panel_end; ++p) {
             const int64_t column = 2 * p * V::lanes, count = panel_vectors(vectors, p), width = count * V::lanes;
+            // The same channels of the next tile, as no hardware follows columns.
+            const int64_t below = next * hidden + column;
+            Ahead ahead(conv.y2 + below, input && !stream ? conv.dz2 + below : nullptr, least(height, last - next),
+                        width, hidden, (input ? tiles_of<V>(rows) : 0) + (weight ? tiles_of<V>(outputs) : 0));
             if (input) {
-                gemm<V, false>(tile, stride, rows, outputs, conv.weights + column * outputs, count, panel, false);
+                gemm<V, false>(tile, stride, rows, outputs, conv.weights + column * outputs, count, panel, false,
+                               ahead);
             }
             for (int64_t v = 0; v < count; v += 2) {
                 const int64_t at = v * V::lanes, pair = count - v == 1 ? 1 : 2;
                 const auto run =
                     stream && hidden - column - at < 2 * V::lanes ? mask_columns<V, T, true, true, false> : mask;
-                run(conv, row, rows, column + at, pair, panel + at, activation + at, width, sums, row > first,
-                    row + 2 * rows <= last);
+                run(conv, row, rows, column + at, pair, panel + at, activation + at, width, sums, row > first);
             }
             if (weight) {
-                gemm<V, true>(tile, stride, outputs, rows, activation, count, dweight + column * outputs, row > first);
+                gemm<V, true>(tile, stride, outputs, rows, activation, count, dweight + column * outputs, row > first,
+                              ahead);
             }
         }
     }
@@ -190,15 +196,22 @@ void pointwise_backward(const PointwiseBackward<T>& conv, int64_t first, int64_t
             const int64_t h_end = least(h + kChunk, end);
             affine<V, T>(conv.dz + row * outputs, conv.y + row * outputs, conv.coef, conv.bn, rows, outputs, h, h_end,
                          tile, stride);
+            const bool more = h_end < end;
+            const int64_t next = more ? row : row + rows, next_h = more ? h_end : begin;
+            const int64_t tiles =
+                (conv.weights == nullptr ? 0 : tiles_of<V>(rows)) + (dweight == nullptr ? 0 : tiles_of<V>(h_end - h));
+            const int64_t at = next * outputs + next_h;
+            Ahead ahead(conv.dz + at, conv.y + at, least(height, last - next), least(kChunk, end - next_h), outputs,
+                        tiles * panels(vectors));
             for (int64_t p = 0; p < panels(vectors); ++p) {
                 const int64_t column = 2 * p * V::lanes, count = panel_vectors(vectors, p), width = count * V::lanes;
                 if (conv.weights != nullptr) {
                     gemm<V, false>(tile, stride, rows, h_end - h, conv.weights + column * outputs + h * width, count,
-                                   product + column * rows, h > begin);
+                                   product + column * rows, h > begin, ahead);
                 }
                 if (dweight != nullptr) {
                     gemm<V, true>(tile, stride, h_end - h, rows, rows_of_x + column * rows, count,
-                                  dweight + column * outputs + h * width, row > first);
+                                  dweight + column * outputs + h * width, row > first, ahead);
                 }
             }
         }
@@ -218,7 +231,12 @@ void folded(const Folded<T>& conv, int64_t first, int64_t last, float* scratch) 
     float *tile = scratch, *panel = tile + kRows * stride;
     const int64_t height = tile_rows(last - first);
     for (int64_t row = first; row < last; row += height) {
-        const int64_t rows = least(height, last - row);
+        const int64_t rows = least(height, last - row), next = row + rows;
+        Ahead ahead;
+        if (conv.patches == nullptr) {
+            ahead = {conv.x + next * inputs, least(height, last - next), inputs, inputs,
+                     tiles_of<V>(rows) * panels(vectors)};
+        }
         const float* a = tile;
         int64_t a_stride = stride;
         if (conv.patches != nullptr) {
@@ -231,7 +249,7 @@ void folded(const Folded<T>& conv, int64_t first, int64_t last, float* scratch) 
         }
         for (int64_t p = 0; p < panels(vectors); ++p) {
             const int64_t column = 2 * p * V::lanes, count = panel_vectors(vectors, p);
-            gemm<V, false>(a, a_stride, rows, inputs, conv.weights + column * inputs, count, panel, false);
+            gemm<V, false>(a, a_stride, rows, inputs, conv.weights + column * inputs, count, panel, false, ahead);
             const float* from = panel;
             for (int64_t r = row; r < row + rows; ++r) {
                 for (int64_t v = 0; v < count; ++v, from += V::lanes) {

@@ -12,6 +12,12 @@ template <class V, class T>
 inline typename V::Type load_n(const T* p, int64_t n) {
     return n >= V::lanes ? V::load(p) : V::load_part(p, n);
 }
+// Where channel c begins a cache line, its place in each of `Count` pixels is fetched into the second cache.
+template <int Count, class T>
+inline __attribute__((always_inline)) void fetch_pixels(const T* p, int64_t channels, int64_t c) {
+    if (c * static_cast<int64_t>(sizeof(T)) % kLine != 0) return;
+    MBV2_UNROLL for (int i = 0; i < Count; ++i) __builtin_prefetch(p + i * channels, 0, 2);
+}
 template <class V, class T>
 inline void store_n(T* p, typename V::Type x, int64_t n) {
     n >= V::lanes ? V::store(p, x) : V::store_part(p, x, n);
@@ -65,21 +71,33 @@ inline float to_float(bf16 x) {
 template <class T>
 void gather(const Patches<T>& p, int64_t first, int64_t rows, float* tile, int64_t stride) {
     const int64_t run = 3 * p.channels;
+    int64_t x = first % p.out_width, y = first / p.out_width % p.out_height, n = first / (p.out_width * p.out_height);
     for (int64_t r = 0; r < rows; ++r, tile += stride) {
-        const int64_t x = (first + r) % p.out_width, line = (first + r) / p.out_width;
-        const int64_t y = line % p.out_height, n = line / p.out_height;
-        for (int64_t i = 0; i < 3; ++i) {
-            const int64_t row = y * p.stride + i - 1, column = x * p.stride - 1;
+        const int64_t column = x * p.stride - 1;
+        const T* at = p.image + ((n * p.height + y * p.stride - 1) * p.width + column) * p.channels;
+        for (int64_t i = 0; i < 3; ++i, at += p.width * p.channels) {
+            const int64_t row = y * p.stride + i - 1;
             float* to = tile + i * run;
             const bool above = row < 0 || row >= p.height;
+            if constexpr (sizeof(T) == sizeof(float)) {
+                // Pictures of three colours, but at their edges: a constant size is a few moves.
+                if (run == 9 && !above && column >= 0 && column + 3 <= p.width) {
+                    __builtin_memcpy(to, at, 9 * sizeof(float));
+                    continue;
+                }
+            }
             const int64_t from = above || column >= 0 ? 0 : p.channels;
             const int64_t inside = (p.width - column) * p.channels, until = above ? 0 : inside < run ? inside : run;
-            const T* at = p.image + ((n * p.height + row) * p.width + column) * p.channels;
             int64_t c = 0;
             for (; c < from; ++c) to[c] = 0;
             for (; c < until; ++c) to[c] = to_float(at[c]);
             for (; c < run; ++c) to[c] = 0;
         }
+        if (++x < p.out_width) continue;
+        x = 0;
+        if (++y < p.out_height) continue;
+        y = 0;
+        ++n;
     }
 }
 
