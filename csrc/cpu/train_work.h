@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include "train_stages.h"
 
@@ -156,6 +157,37 @@ void walk_panel(const Panel<T>& panel, float* at, const Body& body) {
     }
 }
 
+// The same for a weight whose length is dense and that is only read: 4 x 4 values at a time.
+inline void transpose_panel(const Panel<const float>& panel, float* at) {
+    using Four = float __attribute__((vector_size(16), aligned(4)));
+    constexpr int64_t kRun = 16;
+    const int64_t whole = panel.used / 4 * 4, length = panel.length / 4 * 4;
+    for (int64_t begin = 0; begin < length; begin += kRun) {
+        for (int64_t i = 0; i < whole; i += 4) {
+            for (int64_t l = begin; l < std::min(begin + kRun, length); l += 4) {
+                const float* from = panel.data + i * panel.across_stride + l;
+                Four rows[4], pairs[4];
+                for (int64_t r = 0; r < 4; ++r)
+                    rows[r] = *reinterpret_cast<const Four*>(from + r * panel.across_stride);
+                for (int64_t r = 0; r < 2; ++r) {
+                    pairs[r] = __builtin_shufflevector(rows[2 * r], rows[2 * r + 1], 0, 4, 1, 5);
+                    pairs[2 + r] = __builtin_shufflevector(rows[2 * r], rows[2 * r + 1], 2, 6, 3, 7);
+                }
+                for (int64_t r = 0; r < 4; r += 2) {
+                    float* to = at + (l + r) * panel.width + i;
+                    *reinterpret_cast<Four*>(to) = __builtin_shufflevector(pairs[r], pairs[r + 1], 0, 1, 4, 5);
+                    *reinterpret_cast<Four*>(to + panel.width) =
+                        __builtin_shufflevector(pairs[r], pairs[r + 1], 2, 3, 6, 7);
+                }
+            }
+        }
+    }
+    const auto copy = [&](int64_t i, int64_t l) { at[l * panel.width + i] = panel.data[i * panel.across_stride + l]; };
+    for (int64_t i = 0; i < panel.used; ++i) {
+        for (int64_t l = i < whole ? length : 0; l < panel.length; ++l) copy(i, l);
+    }
+}
+
 // The stem's 3x3 weight, whose length is (tap, input), lies along its outputs; 1x1 weights along either side.
 template <class T, class Body>
 void walk_weight(const Weight<T>& weight, Along along, int64_t lanes, int64_t panel, float* panels, const Body& body) {
@@ -182,6 +214,12 @@ void pack(const Machine& machine, const Weight<const T>& weight, Along along, fl
         const int64_t width = panel_vectors(vectors, p) * lanes, used = std::min(width, across - 2 * p * lanes);
         float* at = panels + 2 * p * lanes * length;
         if (used < width) std::fill(at, at + width * length, 0.0f);
+        if constexpr (std::is_same_v<T, float>) {
+            const Panel<const float> panel = panel_of(weight, along, lanes, p);
+            if (weight.taps == 1 && panel.across_stride != 1 && panel.length_stride == 1) {
+                return transpose_panel(panel, at);
+            }
+        }
         walk_weight(weight, along, lanes, p, panels, [](const T& from, float& to) { to = as_float(from); });
     });
 }
