@@ -1,4 +1,5 @@
-"""`--dtype int8` of `mbv2 eval` and `mbv2 infer`: the int8 network, with ranges measured on a folder of pictures."""
+"""`--dtype int8` of `mbv2 eval` and `mbv2 infer`: the int8 network, with ranges measured on a folder of pictures or
+read from the weights file."""
 
 import os
 from collections.abc import Iterator
@@ -6,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mbv2 import int8_file
 from mbv2.errors import UserError
 from mbv2.kernels import BackendError, cpu_network
 from mbv2.optimized import OptimizedMobileNetV2, optimize_for_inference
@@ -18,13 +20,8 @@ def check_options(dtype: str, calibrate: str) -> None:
     """Whether `--dtype` and `--calibrate` go together.
 
     Raises:
-        UserError: int8 without pictures, or pictures for nothing.
+        UserError: pictures for nothing.
     """
-    if dtype == "int8" and not calibrate:
-        raise UserError(
-            "--dtype int8 takes its ranges from pictures: give --calibrate a folder of some hundred of the kind to be "
-            "recognised"
-        )
     if calibrate and dtype != "int8":
         raise UserError("--calibrate measures the ranges of --dtype int8: give both or neither")
 
@@ -32,13 +29,14 @@ def check_options(dtype: str, calibrate: str) -> None:
 def int8_network(
     trained: Trained, device: torch.device, folder: str, progress: bool
 ) -> tuple[OptimizedMobileNetV2, str]:
-    """The network in int8 and its name, calibrated on up to 200 pictures spread evenly over `folder`.
+    """The network in int8 and its name, calibrated on up to 200 pictures spread evenly over `folder`, or without a
+    folder with the numbers that are in the weights file.
 
     Every process measures the same pictures, so all have the same network.
 
     Raises:
         UserError: not on a CPU, another backend is asked for, no compiled kernels, no picture that can be decoded, or
-            weights that int8 cannot hold.
+            weights that int8 cannot hold; neither a folder nor numbers in the weights file, or other weights' numbers.
     """
     if device.type != "cpu":
         raise UserError(f"--dtype int8 runs on CPUs only, not on {device.type}: give --device_target CPU")
@@ -47,12 +45,18 @@ def int8_network(
         raise UserError(f"--dtype int8 has its own compiled network; unset MBV2_BACKEND, which is {asked}")
     if cpu_network.refusal() is not None:
         raise UserError(f"--dtype int8: {cpu_network.refusal()}")
+    if not folder and not int8_file.has_numbers(trained.source):
+        raise UserError(
+            "--dtype int8 takes its ranges from pictures: give --calibrate a folder of some hundred of the kind to be "
+            "recognised, or --pretrained a file that mbv2 export --format int8 wrote"
+        )
     try:
         cpu_network.isa("int8")  # before the pictures are read
-        fast = optimize_for_inference(trained.model.eval(), torch.int8, _batches(trained, folder, progress))
+        calibration = _batches(trained, folder, progress) if folder else trained.source
+        fast = optimize_for_inference(trained.model.eval(), torch.int8, calibration)
     except (BackendError, ValueError) as error:
         raise UserError(f"--dtype int8: {error}") from error
-    return fast, f"one compiled network in int8 ({fast.isa}), ranges from {folder}"
+    return fast, f"one compiled network in int8 ({fast.isa}), ranges from {folder or trained.source}"
 
 
 def _batches(trained: Trained, folder: str, progress: bool) -> Iterator[Tensor]:

@@ -68,7 +68,8 @@ class EvalOptions:
         device_target: GPU, CPU or auto.
         on_corrupt: fail names the first broken picture and stops; skip leaves broken ones out and counts them.
         dtype: Mixed precision: none, fp16 or bf16; or int8, on CPUs.
-        calibrate: With int8, a folder of pictures to measure ranges on, best not those evaluated; 200 are used.
+        calibrate: With int8, a folder of pictures to measure ranges on, best not those evaluated; 200 are used
+            (default: what the weights file has of `mbv2 export --format int8`).
         mean: Per channel, on values 0..1 (default: from the weights, else ImageNet's).
         std: Per channel, on values 0..1 (default: from the weights, else ImageNet's).
         json: File for the figures and how they came about.

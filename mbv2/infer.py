@@ -53,7 +53,8 @@ class InferOptions:
         device_target: GPU, CPU or auto.
         on_corrupt: fail names the first broken picture and stops; skip names broken ones and goes on.
         dtype: int8 computes in 8 bits, on CPUs.
-        calibrate: With int8, a folder of pictures to measure ranges on; 200 are used.
+        calibrate: With int8, a folder of pictures to measure ranges on; 200 are used (default: what the weights
+            file has of `mbv2 export --format int8`).
         mean: Per channel, on values 0..1 (default: from the weights, else ImageNet's).
         std: Per channel, on values 0..1 (default: from the weights, else ImageNet's).
     """

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class OptimizedMobileNetV2(nn.Module):
         self,
         model: MobileNetV2,
         dtype: torch.dtype = torch.float32,
-        calibration: Tensor | Iterable[Tensor] | None = None,
+        calibration: Tensor | Iterable[Tensor] | str | Path | None = None,
     ) -> None:
         super().__init__()
         self.num_classes = model.num_classes
@@ -42,11 +43,13 @@ class OptimizedMobileNetV2(nn.Module):
         self._blocks = block_shapes(model)
         self._turns_picture = model.turns_picture
         self._last_channels = model.last_channel
-        self._folded = fold(model)
         self.dtype = dtype
         self._format = FORMATS[dtype]
         if dtype == torch.int8:
-            self._folded = self._quantized(calibration)
+            assert calibration is not None
+            self._folded = int8_numbers(model, calibration)
+        else:
+            self._folded = fold(model)
         self._pack()
         self.eval()
 
@@ -98,21 +101,15 @@ class OptimizedMobileNetV2(nn.Module):
             )
         return self
 
-    def _quantized(self, calibration: Tensor | Iterable[Tensor]) -> list[Tensor]:
-        from mbv2 import quantize
-
-        batches = quantize.pictures_of(calibration)
-        if self._turns_picture:
-            batches = (batch.flip(2, 3) for batch in batches)
-        return quantize.quantize(self._folded, self._blocks, quantize.calibrate(self._folded, self._blocks, batches))
-
     def _pack(self) -> None:
         network = cpu_network.pack(self._folded, self._blocks, self._last_channels, self.num_classes, self._format)
         self._packed, self._plan, self.isa = network.packed, network.plan, network.isa
 
 
 def optimize_for_inference(
-    model: MobileNetV2, dtype: torch.dtype | None = None, calibration: Tensor | Iterable[Tensor] | None = None
+    model: MobileNetV2,
+    dtype: torch.dtype | None = None,
+    calibration: Tensor | Iterable[Tensor] | str | Path | None = None,
 ) -> nn.Module:
     """Fold BatchNorm, pack the weights for the device, and return a module that runs the network fast there.
 
@@ -122,7 +119,8 @@ def optimize_for_inference(
             AVX512_BF16; or int8. Pictures and logits are float32 in each. A network on a GPU computes in the model's
             type.
         calibration: with int8, some hundred pictures of the kind to be recognised, normalised as they will be: a tensor
-            [N, 3, H, W] or batches of that shape. The ranges of 8-bit numbers are measured on the first 200.
+            [N, 3, H, W] or batches of that shape. The ranges of 8-bit numbers are measured on the first 200. Or the
+            path of a file with the model's weights and its int8 numbers, as `mbv2 export --format int8` writes it.
 
     Returns:
         An `OptimizedMobileNetV2`, or for a GPU an `mbv2.optimized_cuda.OptimizedCudaMobileNetV2`.
@@ -131,6 +129,7 @@ def optimize_for_inference(
         TypeError: another kind of model.
         ValueError: the model is in training mode, not float32 or not on the CPU, there is no network in `dtype`, or
             int8 is without calibration, calibration without int8 or without pictures.
+        mbv2.UserError: the file of `calibration` has no int8 numbers, or those of other weights.
         mbv2.kernels.BackendError: this installation has no compiled kernels, this machine has no instructions for
             `dtype`, or `MBV2_CPU_ISA` cannot be run here.
     """
@@ -204,6 +203,28 @@ def fastest(
     except BackendError as error:
         return model, f"operators one by one, for mixed precision ({error})"
     return fast, f"one compiled network in bfloat16 ({fast.isa})"
+
+
+def int8_numbers(model: MobileNetV2, calibration: Tensor | Iterable[Tensor] | str | Path) -> list[Tensor]:
+    """The whole numbers that `model` is computed with in int8, as `cpu_network.pack` takes them.
+
+    Args:
+        model: float32 on the CPU, in evaluation mode.
+        calibration: see `optimize_for_inference`.
+
+    Raises:
+        TypeError, ValueError: no pictures, or weights that int8 cannot hold.
+        UserError: no such numbers in the file.
+    """
+    from mbv2 import int8_file, quantize
+
+    if isinstance(calibration, str | Path):
+        return int8_file.read(calibration, model)
+    folded, blocks = fold(model), block_shapes(model)
+    batches = quantize.pictures_of(calibration)
+    if model.turns_picture:
+        batches = (batch.flip(2, 3) for batch in batches)
+    return quantize.quantize(folded, blocks, quantize.calibrate(folded, blocks, batches))
 
 
 def block_shapes(model: MobileNetV2) -> list[cpu_network.BlockShape]:

@@ -1,10 +1,12 @@
 """From a trained network to the whole numbers that the int8 kernels compute with (csrc/cpu/microkernels_int8.h).
 
 Weights of 1x1 convolutions and of the classifier have 8 bits, one scale per output; what they read has 8 bits, one
-scale and zero point per tensor. Between expansion and depthwise convolution, and inside the latter, values are 16-bit
-fixed point. Ranges are measured on pictures: each is cut where the mean squared error of its 8 bits is least. Weights
-are rounded one input after the other, the error of each handed on to the inputs that correlate with it (GPTQ, arXiv
-2210.17323), and the bias takes what is left of the mean.
+scale and zero point per channel, which cost nothing: the weights that read a channel take its scale (cross-layer
+equalisation, arXiv 1906.04721), and shortcuts have a factor per channel. Between expansion and depthwise convolution,
+and inside the latter, values are 16-bit fixed point. Ranges hold all that was seen on pictures: few values lie far
+out, but cutting them off costs more than it gains the others. Weights are rounded one input after the other, the error
+of each handed on to the inputs that correlate with it (GPTQ, arXiv 2210.17323), and the bias takes what is left of the
+mean.
 
 So that AVX2 can add the products of four inputs in 16 bits, the positive weights of inputs 8k, 8k + 1, 8k + 4 and
 8k + 5 of one output sum to at most 128, the negative ones too, and likewise those of 8k + 2, 8k + 3, 8k + 6, 8k + 7.
@@ -26,32 +28,39 @@ HIDDEN = 32767
 GROUP_SUM = 128
 MOST_PICTURES = 200
 _SAMPLES = 64  # pixels of a picture that statistics are taken of
+# Ranges are those seen times this, for pictures unlike those measured on.
+_MARGIN = 1.1
+# No channel's range is below this share of the tensor's widest: other pictures may use it more, and the weights that
+# read it keep their precision beside others.
+_FLATTEST = 0.5
 _BLOCK = 64  # inputs whose errors are handed on together; a multiple of 8
 _BIAS_LIMIT = 2**23  # so that it is a whole number in float32
 
 
 @dataclass
 class Statistics:
-    """What one tensor of activations looked like: its extremes, and samples [n, channels] of pixels."""
+    """What one tensor of activations looked like: each channel's extremes, or zero where that is beyond them, and
+    samples [n, channels] of pixels."""
 
-    low: float = 0.0
-    high: float = 0.0
+    low: Tensor = field(default_factory=lambda: torch.zeros(1))
+    high: Tensor = field(default_factory=lambda: torch.zeros(1))
     samples: list[Tensor] = field(default_factory=list)
 
     def add(self, x: Tensor) -> None:
         """Count in activations [N, channels, H, W] or [N, channels]."""
-        self.low, self.high = min(self.low, x.min().item()), max(self.high, x.max().item())
         pixels = x.flatten(2) if x.dim() > 2 else x[:, :, None]
+        self.low = torch.minimum(self.low, pixels.amin((0, 2)))
+        self.high = torch.maximum(self.high, pixels.amax((0, 2)))
         step = max(1, pixels.shape[2] // _SAMPLES)
         self.samples.append(pixels[:, :, ::step].transpose(1, 2).reshape(-1, pixels.shape[1]).clone())
 
 
 @dataclass
 class Scale:
-    """The step of each channel's 8-bit numbers, [channels] in float64, and the number that stands for zero."""
+    """The step of each channel's 8-bit numbers and the number that stands for zero, [channels] in float64."""
 
     step: Tensor
-    zero: int
+    zero: Tensor
 
 
 def pictures_of(calibration: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
@@ -134,27 +143,26 @@ def quantize(folded: Sequence[Tensor], blocks: Sequence[BlockShape], found: Sequ
         if index > 0:
             result += _pointwise(*next(stages), scale, found[2 * index - 1], HIDDEN / 6)
         weight, bias = next(stages)
-        after = Scale(_step(inside).expand(block.hidden), 0)
-        taps, of_outputs, after = _depthwise(weight, bias, after)
+        taps, of_outputs, after = _depthwise(weight, bias, _scale(inside).step)
         result += [taps, of_outputs]
-        before, scale = scale, _linear_scale(outside, block.outputs)
+        before, scale = scale, _scale(outside)
         if block.residual:
             # A shortcut is only ever scaled down.
-            least = before.step[0] if before is not None else 6 * 64 / HIDDEN
-            if scale.step[0] < least:
-                scale = _linear_scale(outside, block.outputs, float(least))
+            scale = _scale(outside, before.step if before is not None else torch.tensor(6 * 64 / HIDDEN))
         result += _pointwise(*next(stages), after, inside, 64 / scale.step)
         offset = 64 * scale.zero + 32
         if block.residual:
             if before is None:
-                shortcut = torch.full((block.outputs,), round(6 * 64 / float(scale.step[0])))
+                shortcut = (6 * 64 / scale.step).round()
             else:
                 shortcut = (before.step / scale.step * 16384).round()
                 offset = offset - (before.zero * shortcut / 256).round()
             result[-1][2] = shortcut.clamp(max=HIDDEN)
         result[-1][3] = offset
     result += _pointwise(*next(stages), scale, found[-2], HIDDEN / 6)
-    pooled = Scale(_step(found[-1]).expand(found[-1].samples[0].shape[1]), 0)
+    # Each channel has but one value a picture: too few to know its extremes by.
+    widest = found[-1].high.max().double().clamp_min(1e-6) / 255
+    pooled = Scale(widest.expand(len(found[-1].high)), torch.zeros(()))
     result[-1][2] = 6 / HIDDEN / pooled.step
     result += _pointwise(*next(stages), pooled, found[-1], 1.0)
     return [tensor.float().contiguous() for tensor in result]
@@ -166,45 +174,28 @@ def _outputs(bias: Tensor, multiplier: Tensor | float = 0.0) -> Tensor:
     return outputs
 
 
-def _step(found: Statistics) -> Tensor:
-    """The step of numbers 0..255 for what is never negative."""
-    return _best_cut(found)[1] / 255
+def _scale(found: Statistics, least: Tensor | None = None) -> Scale:
+    """Steps of numbers 0..255 for all that was seen of each channel and somewhat more, none finer than `least`."""
+    low, high = found.low.double() * _MARGIN, found.high.double() * _MARGIN
+    width = high - low
+    step = torch.maximum(width, _FLATTEST * width.max().clamp_min(1e-6)) / 255
+    if least is not None:
+        step = torch.maximum(step, least.double())
+    return Scale(step, (-low / step).round())
 
 
-def _linear_scale(found: Statistics, channels: int, least: float = 0.0) -> Scale:
-    low, high = _best_cut(found)
-    step = max(float(high - low) / 255, least)
-    return Scale(torch.full((channels,), step, dtype=torch.float64), min(255, max(0, round(-float(low) / step))))
-
-
-def _best_cut(found: Statistics) -> tuple[Tensor, Tensor]:
-    """The share of the range whose 8-bit numbers are nearest the samples in the mean square."""
-    values = torch.cat(found.samples).flatten()
-    values = values[:: max(1, len(values) // 50_000)]
-    best, cut = float("inf"), 1.0
-    for share in torch.linspace(1, 0.3, 29).tolist():
-        low, high = found.low * share, found.high * share
-        step = max(high - low, 1e-6) / 255
-        zero = round(-low / step)
-        error = ((values / step).round_().add_(zero).clamp_(0, 255).sub_(zero).mul_(step) - values).square_().mean()
-        if error < best:
-            best, cut = error.item(), share
-    low, high = found.low * cut, max(found.high * cut, found.low * cut + 1e-6)
-    return torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64)
-
-
-def _depthwise(weight: Tensor, bias: Tensor, scale: Scale) -> tuple[Tensor, Tensor, Scale]:
+def _depthwise(weight: Tensor, bias: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Scale]:
     """Taps, numbers of the outputs, and the scale that the outputs really have."""
     taps, bias = weight.double().flatten(1), bias.double()
     rises, falls = 6 * taps.clamp_min(0).sum(1), -6 * taps.clamp_max(0).sum(1)
     most = torch.stack([bias.abs(), 6 * taps.abs().amax(1), bias + rises, falls - bias]).amax(0)
     # No sum leaves 16 bits; 50 of them are for rounding.
     unit = most / (HIDDEN - 50)
-    step = torch.maximum(scale.step, unit * (32768 / HIDDEN))
+    step = torch.maximum(step, unit * (32768 / HIDDEN))
     multiplier = (unit / step * 32768).ceil().clamp(1, HIDDEN)
     unit = multiplier * step / 32768
     whole = (taps * (6 * 32768 / HIDDEN) / unit[:, None]).round()
-    return whole.view(weight.shape), _outputs((bias / unit).round(), multiplier), Scale(step, 0)
+    return whole.view(weight.shape), _outputs((bias / unit).round(), multiplier), Scale(step, torch.zeros_like(step))
 
 
 def _pointwise(
@@ -219,7 +210,7 @@ def _pointwise(
     step = torch.maximum(step, bias.abs() / _BIAS_LIMIT)
     whole = _round((scaled / step[:, None]).float(), covariance).double()
     bias = bias + (scaled - whole * step[:, None]) @ (mean / steps)
-    bias = (bias / step - scale.zero * whole.sum(1)).round().clamp(-2 * _BIAS_LIMIT, 2 * _BIAS_LIMIT)
+    bias = (bias / step - (whole * scale.zero).sum(1)).round().clamp(-2 * _BIAS_LIMIT, 2 * _BIAS_LIMIT)
     multiplier = step * gain
     if not ((bias.abs() + 255 * whole.abs().sum(1)) * multiplier < 2**31).all():
         raise ValueError("the weights are too large, or activations vanish: sums leave the range of the int8 kernels")

@@ -14,6 +14,8 @@ from mbv2.errors import UserError
 from mbv2.files import write_atomic
 from mbv2.model import PADDINGS, MobileNetV2, make_divisible
 
+# Of tensors that are no float weights but numbers made of them (mbv2/int8_file.py).
+INT8_PREFIX = "int8."
 _WIDTHS = (0.1, 0.25, 0.35, 0.5, 0.75, 1.0, 1.1, 1.2, 1.3, 1.4)
 
 
@@ -52,7 +54,8 @@ def read_weights(path: str | Path) -> Weights:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a `.pth`/`.pt` or `.safetensors` file in whatever names it has, and our `meta` if it has one.
+    """The tensors of a `.pth`/`.pt` or `.safetensors` file in whatever names it has, and our `meta` if it has one,
+    without int8 numbers (see `mbv2.int8_file`).
 
     Nothing in the file is executed.
 
@@ -234,13 +237,15 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            names = [key for key in file.keys() if not key.startswith(INT8_PREFIX)]  # noqa: SIM118
+            state = {key: file.get_tensor(key) for key in names}
             text = (file.metadata() or {}).get("mbv2", "{}")
         meta = json.loads(text)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable .safetensors file ({error})") from error
     if not isinstance(meta, dict):
         raise UserError(f"{path}: its mbv2 metadata are no mapping; write it anew with mbv2 convert")
+    meta.pop("int8", None)
     return state, meta
 
 

@@ -41,6 +41,17 @@ struct Free {
     void operator()(std::byte* memory) const { std::free(memory); }
 };
 
+Image image_of(const std::vector<float>& picture, int64_t batch, int64_t height, int64_t width, bool channels_last) {
+    return {picture.data(),
+            batch,
+            height,
+            width,
+            3 * height * width,
+            channels_last ? 1 : height * width,
+            channels_last ? 3 * width : width,
+            channels_last ? 3 : 1};
+}
+
 template <class F>
 std::vector<float> logits(const Kernels<F>& kernels, const std::vector<int64_t>& numbers, int64_t batch, int64_t height,
                           int64_t width, bool channels_last, int threads) {
@@ -53,14 +64,7 @@ std::vector<float> logits(const Kernels<F>& kernels, const std::vector<int64_t>&
     const std::unique_ptr<std::byte, Free> packed(static_cast<std::byte*>(std::aligned_alloc(64, bytes)));
     pack(plan, kernels, pointers.data(), packed.get());
     const std::vector<float> picture = values(batch * 3 * height * width, 99);
-    const Image image = {picture.data(),
-                         batch,
-                         height,
-                         width,
-                         3 * height * width,
-                         channels_last ? 1 : height * width,
-                         channels_last ? 3 * width : width,
-                         channels_last ? 3 : 1};
+    const Image image = image_of(picture, batch, height, width, channels_last);
     std::vector<float> result(static_cast<size_t>(batch * plan.classes));
     run(plan, kernels, packed.get(), image, {threads, two_threads}, result.data());
     return result;

@@ -1,9 +1,11 @@
-// Runs small networks of awkward shapes on every instruction set of this machine, in float32 and in bfloat16; built
+// Runs small networks of awkward shapes on every instruction set of this machine, in float32, bfloat16 and int8;
+// built
 // with the address and undefined-behaviour sanitizers by test_cpu_network.py. Prints the number of runs.
 #include <cmath>
 #include <cstdio>
 #include <stdexcept>
 
+#include "cpu_int8_runs.h"
 #include "cpu_network_runs.h"
 #include "isa.h"
 
@@ -31,6 +33,28 @@ int runs(const Kernels<F>& kernels) {
     return done;
 }
 
+// The same of int8, whose bits are the portable kernels' besides.
+int runs(const Kernels<Int8>& kernels) {
+    int done = 0;
+    for (const auto& plan : kPlans) {
+        for (const auto& size : kSizes) {
+            for (int64_t batch : {1, 3}) {
+                if (batch > 1 && size[0] > 100) continue;
+                const auto wanted = int8_logits(*int8_portable_kernels(), plan, batch, size[0], size[1], false, 1);
+                int8_logits(kernels, plan, batch, size[0], size[1], true, 2);
+                for (int threads : {1, 2}) {
+                    if (int8_logits(kernels, plan, batch, size[0], size[1], false, threads) != wanted) {
+                        std::printf("int8 %s: %d threads differ from the portable kernels\n", kernels.name, threads);
+                        return 0;
+                    }
+                }
+                done += 3;
+            }
+        }
+    }
+    return done;
+}
+
 // Runs on every instruction set of the format; -1 if one was wrong.
 template <class F>
 int all_runs() {
@@ -52,8 +76,8 @@ int all_runs() {
 }  // namespace
 
 int main() {
-    const int full = all_runs<Float32>(), half = all_runs<Bfloat16>();
-    if (full < 0 || half < 0) return 1;
-    std::printf("%d runs\n", full + half);
+    const int full = all_runs<Float32>(), half = all_runs<Bfloat16>(), bytes = all_runs<Int8>();
+    if (full < 0 || half < 0 || bytes < 0) return 1;
+    std::printf("%d runs\n", full + half + bytes);
     return 0;
 }

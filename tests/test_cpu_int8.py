@@ -124,6 +124,21 @@ def test_weights_of_each_group_sum_to_what_16_bits_hold() -> None:
                 assert 255 * group.clamp_max(0).sum(1).min() >= -32768
 
 
+def test_each_channel_has_its_range_and_nothing_that_was_seen_is_cut_off() -> None:
+    """One channel a hundred times as wide as the others, and one value far out."""
+    generator = torch.Generator().manual_seed(0)
+    found = quantize.Statistics()
+    x = torch.randn(2, 8, 100, 100, generator=generator) * torch.tensor([100.0, 60, 1, 1, 1, 1, 1, 0]).view(1, -1, 1, 1)
+    x[1, 2, 71, 93] = -77
+    found.add(x)
+    scale = quantize._scale(found)
+    low, high = -scale.zero * scale.step, (255 - scale.zero) * scale.step
+    assert (low - scale.step <= x.amin((0, 2, 3)).clamp_max(0)).all()
+    assert (high + scale.step >= x.amax((0, 2, 3)).clamp_min(0)).all()
+    assert scale.step[1] < 0.8 * scale.step[0]
+    assert scale.step.min() >= 0.4 * scale.step.max()
+
+
 def test_it_is_near_the_float_network() -> None:
     model, x = trained(0.35), torch.randn(8, 3, 96, 96)
     with torch.no_grad():

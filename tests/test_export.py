@@ -192,7 +192,12 @@ def test_exported_torchscript_runs_without_this_package(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [([], "WEIGHTS and DST"), (["w", "net.xyz"], "net.xyz"), (["w", "nowhere/net.onnx"], "folder that exists")],
+    [
+        ([], "WEIGHTS and DST"),
+        (["w", "net.xyz"], "net.xyz"),
+        (["w", "nowhere/net.onnx"], "folder that exists"),
+        (["w", "net.pt", "--format", "int8", "--data_url", "d"], "ends in .safetensors"),
+    ],
 )
 def test_wrong_commands_are_told_in_a_sentence(
     arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]

@@ -37,7 +37,7 @@ class Report:
 
     def refusal(self, format: str, min_agreement: float) -> str | None:
         """Why the file does not pass, or None: a float file by its logits, an int8 one by its classes."""
-        is_int8 = format in ("onnx-int8", "pt2e-int8")
+        is_int8 = format in ("onnx-int8", "pt2e-int8", "int8")
         if not is_int8 and not self.difference <= TOLERANCE * max(self.scale, 1e-6):
             return f"logits differ by {self.difference:.3g}, the largest is {self.scale:.3g}"
         if self.agreement < (min_agreement if is_int8 else 0.99):
@@ -80,6 +80,8 @@ def runner(path: Path, format: str) -> Runner:
             return torch._inductor.aoti_load_package(str(path))
         if format == "torchscript":
             return torch.jit.load(path)
+    if format == "int8":
+        return _int8_network(path)
     if format == "mindspore":
         from mbv2.convert.detect import read_network
         from mbv2.convert.network import state_dict
@@ -89,6 +91,16 @@ def runner(path: Path, format: str) -> Runner:
     from mbv2.weights import model_from_weights
 
     return model_from_weights(path)[0].eval()
+
+
+def _int8_network(path: Path) -> Runner:
+    from mbv2.optimized import BackendError, optimize_for_inference
+    from mbv2.weights import model_from_weights
+
+    try:
+        return optimize_for_inference(model_from_weights(path)[0].eval(), torch.int8, path)
+    except BackendError as error:
+        raise UserError(f"--check: {error}") from error
 
 
 @torch.no_grad()

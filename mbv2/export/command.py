@@ -25,6 +25,7 @@ FORMATS = {
     "aoti": "AOTInductor package, compiled for this machine's CPU",
     "torchscript": "traced TorchScript",
     "safetensors": "our own weights file",
+    "int8": "the same with the numbers of our int8 network for CPUs beside them, ranges measured on --data_url",
     "mindspore": "MindSpore .ckpt in mindcv's names",
 }
 _BY_SUFFIX = {
@@ -35,7 +36,7 @@ _BY_SUFFIX = {
     ".ckpt": "mindspore",
 }
 # Judged by the classes they give, not by their logits; made with pictures.
-INT8 = ("onnx-int8", "pt2e-int8")
+INT8 = ("onnx-int8", "pt2e-int8", "int8")
 _CALIBRATION, _BATCH = 128, 16
 
 
@@ -129,6 +130,8 @@ def _format(dst: Path, format: str) -> str:
             raise UserError(f"--format {format}: choose {', '.join(FORMATS)}")
         if format == "aoti" and dst.suffix != ".pt2":
             raise UserError(f"{dst}: torch loads compiled packages from files called .pt2 only; give such a name")
+        if format == "int8" and dst.suffix != ".safetensors":
+            raise UserError(f"{dst}: --format int8 writes a weights file; give a name that ends in .safetensors")
         return format
     if dst.suffix not in _BY_SUFFIX:
         raise UserError(f"{dst}: no format goes by {dst.suffix or 'no suffix'}; give --format {', '.join(FORMATS)}")
@@ -136,6 +139,10 @@ def _format(dst: Path, format: str) -> str:
 
 
 def _write(trained: Trained, pretrained: str, dst: Path, format: str, source: "tuple[Source, bool] | None") -> None:
+    if format == "int8":
+        assert source is not None
+        _write_int8(trained, dst, source[0])
+        return
     if format in ("safetensors", "mindspore"):
         from mbv2.convert.command import save
 
@@ -152,6 +159,19 @@ def _write(trained: Trained, pretrained: str, dst: Path, format: str, source: "t
         (write.onnx_int8 if format == "onnx-int8" else write.pt2e_int8)(network, side, dst, batches)
         return
     getattr(write, format)(network, side, dst)
+
+
+def _write_int8(trained: Trained, dst: Path, source: "Source") -> None:
+    from mbv2 import int8_file
+    from mbv2.optimized import int8_numbers
+
+    if dst.exists() and Path(trained.source).exists() and dst.samefile(trained.source):
+        raise UserError(f"{dst}: is the source; give another name")
+    try:
+        numbers = int8_numbers(trained.model, (images for images, _ in _pictures(trained, split(source)[0], False)))
+    except ValueError as error:
+        raise UserError(f"--format int8: {error}") from error
+    int8_file.save(dst, trained.model, trained.meta, numbers)
 
 
 def _source(data_url: str, trained: Trained) -> "tuple[Source, bool]":
