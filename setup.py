@@ -27,8 +27,9 @@ packages = find_packages(include=["mbv2", "mbv2.*"]) + [
     "mbv2.kernels.triton",
 ]
 
-# GCC 12 takes the empty std::optional of a tensor for an uninitialised one.
-_FLAGS = ["-O3", "-std=c++20", "-g0", "-fvisibility=hidden", "-Wno-maybe-uninitialized"]
+# GCC 12 takes the empty std::optional of a tensor for an uninitialised one, and makes slower loops of the products
+# where it may assume that indices do not wrap: most Pythons give the flag, not all.
+_FLAGS = ["-O3", "-std=c++20", "-g0", "-fvisibility=hidden", "-Wno-maybe-uninitialized", "-fwrapv"]
 # The rest is compiled for the oldest machine of the architecture, as these run only where the CPU has them.
 _ISA_FLAGS = {
     # GCC 12 warns of its own _mm512_undefined_ps.

@@ -1,133 +1,14 @@
-// The stages of the CPU backend as operators, namespace mbv2: tensors checked, results allocated, threads lent. They
-// have no derivatives: kernels/cpu/stages.py calls them inside the operators that do. Results nobody asked for are
-// empty.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_strided.h>
-#include <ATen/ops/from_blob.h>
+// The stages of the CPU backend's training as operators, namespace mbv2. They have no derivatives:
+// kernels/cpu/stages.py calls them inside the operators that do. Results nobody asked for are empty.
 #include <torch/library.h>
 
 #include <cmath>
-#include <cstdlib>
-#include <optional>
 #include <tuple>
 
-#include "cpu/train_memory.h"
-#include "cpu/train_stages.h"
+#include "ops_cpu_stages.h"
 
 namespace mbv2 {
 namespace {
-
-using at::Tensor;
-using cpu::train::bf16;
-using cpu::train::Machine;
-using cpu::train::Pictures;
-using cpu::train::Weight;
-using Optional = std::optional<Tensor>;
-
-void run_on_torch_threads(int64_t count, void* context, void (*body)(void*, int64_t, int64_t)) {
-    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-}
-
-Machine machine() {
-    const char* isa = std::getenv("MBV2_CPU_ISA");
-    return {cpu::train::kernels(isa == nullptr ? "" : isa),
-            {at::in_parallel_region() ? 1 : at::get_num_threads(), run_on_torch_threads}};
-}
-
-template <class T>
-T* data(const Tensor& x) {
-    return static_cast<T*>(x.data_ptr());
-}
-template <class T>
-const T* data(const Optional& x) {
-    return x.has_value() ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
-}
-
-// body(T()) with T the C++ type of the activations.
-template <class Body>
-void with_type(const Tensor& x, const Body& body) {
-    TORCH_CHECK(x.device().is_cpu(), "the CPU stages take tensors on the CPU, not on ", x.device());
-    switch (x.scalar_type()) {
-        case at::kFloat:
-            return body(float());
-        case at::kBFloat16:
-            return body(bf16());
-        default:
-            TORCH_CHECK(false, "the CPU stages take float32 and bfloat16, not ", x.scalar_type());
-    }
-}
-
-// Dense NHWC memory: the same tensor where it has that already. `like` has the type it must have.
-Tensor dense(const Tensor& x, const Tensor& like) {
-    TORCH_CHECK(x.dim() == 4 && x.numel() > 0, "activations must be [N, C, H, W] and not empty, not ", x.sizes());
-    TORCH_CHECK(x.scalar_type() == like.scalar_type(), "activations and weights must be of one type, not ",
-                x.scalar_type(), " and ", like.scalar_type());
-    const int64_t c = x.size(1), w = x.size(3), strides[] = {c * x.size(2) * w, 1, w * c, c};
-    if (x.strides() == at::IntArrayRef(strides)) return x;
-    return x.permute({0, 2, 3, 1}).contiguous();
-}
-Tensor dense(const Tensor& x) { return dense(x, x); }
-
-Tensor dense_like(const Tensor& x, const Tensor& like) {
-    TORCH_CHECK(x.sizes() == like.sizes(), "tensors of ", x.sizes(), " and ", like.sizes(), " do not fit");
-    return dense(x, like);
-}
-
-Tensor new_dense(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
-    // No permuted view: what an operator returns must allow operations in place.
-    const int64_t sizes[] = {n, c, h, w}, strides[] = {c * h * w, 1, w * c, c};
-    const int64_t bytes = n * c * h * w * like.element_size();
-    if (bytes < cpu::train::kLeastPooled) return at::empty_strided(sizes, strides, like.options());
-    void* const memory = cpu::train::borrow(bytes);
-    return at::from_blob(memory, sizes, strides, cpu::train::give_back, like.options());
-}
-Tensor new_like(const Tensor& x) { return new_dense(x, x.size(0), x.size(1), x.size(2), x.size(3)); }
-
-Tensor new_vectors(const Tensor& like, at::IntArrayRef sizes) {
-    return at::empty(sizes, like.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
-}
-Tensor nothing(const Tensor& like) { return new_vectors(like, {0}); }
-
-// [rows, channels] of float32.
-Tensor vectors(const Tensor& x, int64_t rows, int64_t channels) {
-    TORCH_CHECK(x.scalar_type() == at::kFloat && x.sizes() == at::IntArrayRef({rows, channels}),
-                "statistics must be float32 [", rows, ", ", channels, "], not ", x.scalar_type(), " ", x.sizes());
-    return x.contiguous();
-}
-Optional vectors(const Optional& x, int64_t rows, int64_t channels) {
-    return x.has_value() ? Optional(vectors(*x, rows, channels)) : x;
-}
-Tensor bias_vector(const Tensor& x, int64_t channels) {
-    TORCH_CHECK(x.scalar_type() == at::kFloat && x.numel() == channels, "the bias must be float32 of ", channels,
-                " values");
-    return x.contiguous();
-}
-
-int64_t rows_of(const Tensor& x) { return x.size(0) * x.size(2) * x.size(3); }
-Pictures pictures(const Tensor& x, int64_t stride) {
-    TORCH_CHECK(stride == 1 || stride == 2, "the stride must be 1 or 2, not ", stride);
-    return {x.size(0), x.size(1), x.size(2), x.size(3), stride};
-}
-
-// A weight [outputs, inputs, kernel, kernel] in any memory, checked.
-void check_weight(const Tensor& w, int64_t inputs, int64_t kernel) {
-    TORCH_CHECK(w.dim() == 4 && w.size(0) > 0 && w.size(1) == inputs && w.size(2) == kernel && w.size(3) == kernel,
-                "a weight must be [outputs, ", inputs, ", ", kernel, ", ", kernel, "], not ", w.sizes());
-}
-template <class T>
-Weight<T> weight_of(const Tensor& w) {
-    return {static_cast<T*>(const_cast<void*>(w.const_data_ptr())),
-            w.size(0),
-            w.size(1),
-            w.size(2) * w.size(3),
-            w.stride(0),
-            w.stride(1),
-            w.stride(2),
-            w.stride(3)};
-}
-Tensor new_weight(const Tensor& w) { return at::empty_strided(w.sizes(), w.strides(), w.options()); }
 
 std::tuple<Tensor, Tensor> pointwise(const Tensor& x, const Optional& bn, const Tensor& weight) {
     check_weight(weight, x.size(1), 1);
@@ -344,79 +225,6 @@ std::tuple<Tensor, Tensor> bn_backward(const Tensor& sums, const Tensor& bn) {
     return {totals, coef};
 }
 
-// --- inference, BatchNorm folded ---
-
-Tensor stem_folded(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t stride) {
-    check_weight(weight, x.size(1), 3);
-    const Pictures p = pictures(x, stride);
-    const Tensor in = dense(x, weight), shift = bias_vector(bias, weight.size(0));
-    const Tensor y = new_dense(x, p.batch, weight.size(0), p.out_height(), p.out_width());
-    with_type(x, [&]<class T>(T) {
-        cpu::train::stem_folded<T>(machine(), data<T>(in), p, weight_of<const T>(weight), data<float>(shift),
-                                   data<T>(y));
-    });
-    return y;
-}
-
-Tensor pointwise_folded(const Tensor& x, const Tensor& weight, const Tensor& bias, bool relu6,
-                        const Optional& residual) {
-    check_weight(weight, x.size(1), 1);
-    const Tensor in = dense(x, weight), shift = bias_vector(bias, weight.size(0));
-    const Tensor y = new_dense(x, x.size(0), weight.size(0), x.size(2), x.size(3));
-    const Optional skip = residual.has_value() ? Optional(dense_like(*residual, y)) : residual;
-    with_type(x, [&]<class T>(T) {
-        cpu::train::pointwise_folded<T>(machine(), data<T>(in), weight_of<const T>(weight), data<float>(shift), relu6,
-                                        data<T>(skip), rows_of(x), data<T>(y));
-    });
-    return y;
-}
-
-Tensor depthwise_folded(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t stride) {
-    check_weight(weight, 1, 3);
-    TORCH_CHECK(weight.size(0) == x.size(1), "a depthwise weight must have ", x.size(1), " outputs");
-    const Pictures p = pictures(x, stride);
-    const Tensor in = dense(x, weight), shift = bias_vector(bias, p.channels);
-    const Tensor y = new_dense(x, p.batch, p.channels, p.out_height(), p.out_width());
-    with_type(x, [&]<class T>(T) {
-        cpu::train::depthwise_folded<T>(machine(), data<T>(in), p, weight_of<const T>(weight), data<float>(shift),
-                                        data<T>(y));
-    });
-    return y;
-}
-
-Tensor block_folded(const Tensor& x, const Optional& w1, const Optional& b1, const Tensor& wd, const Tensor& bd,
-                    const Tensor& w3, const Tensor& b3, int64_t stride, bool residual) {
-    check_weight(wd, 1, 3);
-    check_weight(w3, wd.size(0), 1);
-    TORCH_CHECK(w1.has_value() == b1.has_value(), "give both w1 and b1, or neither");
-    if (w1.has_value()) check_weight(*w1, x.size(1), 1);
-    TORCH_CHECK((w1.has_value() ? w1->size(0) : x.size(1)) == wd.size(0), "the depthwise weight does not fit");
-    TORCH_CHECK(!residual || (stride == 1 && w3.size(0) == x.size(1)), "a shortcut needs equal shapes");
-    const Pictures p = pictures(x, stride);
-    const Tensor in = dense(x, wd), shift2 = bias_vector(bd, wd.size(0)), shift3 = bias_vector(b3, w3.size(0));
-    const Optional shift1 = w1.has_value() ? Optional(bias_vector(*b1, w1->size(0))) : b1;
-    const Tensor y = new_dense(x, p.batch, w3.size(0), p.out_height(), p.out_width());
-    with_type(x, [&]<class T>(T) {
-        const Weight<const T> expand = w1.has_value() ? weight_of<const T>(*w1) : Weight<const T>{};
-        cpu::train::block_folded<T>(machine(), data<T>(in), p, w1.has_value() ? &expand : nullptr, data<float>(shift1),
-                                    weight_of<const T>(wd), data<float>(shift2), weight_of<const T>(w3),
-                                    data<float>(shift3), residual, data<T>(y));
-    });
-    return y;
-}
-
-Tensor head_folded(const Tensor& x, const Tensor& weight, const Tensor& bias) {
-    check_weight(weight, x.size(1), 1);
-    const Tensor in = dense(x, weight), shift = bias_vector(bias, weight.size(0));
-    const Tensor pooled =
-        at::empty({x.size(0), weight.size(0)}, x.options().memory_format(at::MemoryFormat::Contiguous));
-    with_type(x, [&]<class T>(T) {
-        cpu::train::head_folded<T>(machine(), data<T>(in), weight_of<const T>(weight), data<float>(shift), x.size(0),
-                                   x.size(2) * x.size(3), data<T>(pooled));
-    });
-    return pooled;
-}
-
 std::tuple<int64_t, int64_t> memory() {
     const cpu::train::PoolState state = cpu::train::pool_state();
     return {state.used, state.peak};
@@ -447,14 +255,6 @@ TORCH_LIBRARY_FRAGMENT(mbv2, library) {
     library.def("cpu_stage_merge_moments(Tensor moments) -> Tensor");
     library.def("cpu_stage_bn_finalize(Tensor moments, Tensor? gamma, Tensor? beta, float eps) -> Tensor");
     library.def("cpu_stage_bn_backward(Tensor sums, Tensor bn) -> (Tensor, Tensor)");
-    library.def("cpu_stage_stem_folded(Tensor x, Tensor weight, Tensor bias, int stride) -> Tensor");
-    library.def(
-        "cpu_stage_pointwise_folded(Tensor x, Tensor weight, Tensor bias, bool relu6, Tensor? residual) -> Tensor");
-    library.def("cpu_stage_depthwise_folded(Tensor x, Tensor weight, Tensor bias, int stride) -> Tensor");
-    library.def(
-        "cpu_stage_block_folded(Tensor x, Tensor? w1, Tensor? b1, Tensor wd, Tensor bd, Tensor w3, Tensor b3, "
-        "int stride, bool residual) -> Tensor");
-    library.def("cpu_stage_head_folded(Tensor x, Tensor weight, Tensor bias) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(mbv2, CPU, library) {
@@ -472,11 +272,6 @@ TORCH_LIBRARY_IMPL(mbv2, CPU, library) {
     library.impl("cpu_stage_merge_moments", merge_moments);
     library.impl("cpu_stage_bn_finalize", bn_finalize);
     library.impl("cpu_stage_bn_backward", bn_backward);
-    library.impl("cpu_stage_stem_folded", stem_folded);
-    library.impl("cpu_stage_pointwise_folded", pointwise_folded);
-    library.impl("cpu_stage_depthwise_folded", depthwise_folded);
-    library.impl("cpu_stage_block_folded", block_folded);
-    library.impl("cpu_stage_head_folded", head_folded);
 }
 
 }  // namespace
