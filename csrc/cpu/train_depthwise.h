@@ -32,15 +32,15 @@ struct Ring {
 };
 
 // `Count` neighbouring outputs, for all channels; sums of (y - pivot) and of its square are added to s and q. Folded:
-// relu6(y + pivot) instead, and no sums. `ahead`: the memory of the next strip's outputs is fetched.
+// relu6(y + pivot) instead, and no sums. `ahead` is fetched meanwhile.
 template <class V, class T, int Stride, int Count, bool Folded>
 void depthwise_strip(const float* const rows[3], int64_t plane, const float* weights, int64_t channels, T* out,
-                     const float* pivot, float* s, float* q, bool ahead) {
+                     const float* pivot, float* s, float* q, Ahead& ahead) {
     const float *above = rows[0], *here = rows[1], *below = rows[2];
     for (int64_t c = 0; c < channels; c += V::lanes, above += plane, here += plane, below += plane) {
         typename V::Type acc[Count];
         MBV2_UNROLL for (int i = 0; i < Count; ++i) acc[i] = V::zero();
-        if (ahead) fetch_pixels<Count>(out + Count * channels + c, channels, c);
+        ahead.fetch();
         const auto add_row = [&](const float* x, const float* w) __attribute__((always_inline)) {
             const typename V::Type taps[3] = {V::load(w), V::load(w + V::lanes), V::load(w + 2 * V::lanes)};
             MBV2_UNROLL for (int j = 0; j < (Count - 1) * Stride + 3; ++j) {
@@ -76,7 +76,7 @@ void depthwise_strip(const float* const rows[3], int64_t plane, const float* wei
 }
 
 template <class T>
-using Strip = void (*)(const float* const[3], int64_t, const float*, int64_t, T*, const float*, float*, float*, bool);
+using Strip = void (*)(const float* const[3], int64_t, const float*, int64_t, T*, const float*, float*, float*, Ahead&);
 
 // `count` values, whole cache lines, past the caches.
 template <class V, class T>
@@ -132,15 +132,17 @@ void depthwise(const DepthwiseForward<T>& conv, int64_t n, int64_t first, int64_
         T* out = conv.y + (n * conv.out_height + y) * width * channels;
         for (int64_t i = 0; i < strips; ++i) {
             const int64_t count = narrow + (i < wider);
+            Ahead none, ahead;
+            if (!stream) ahead = {out + count * channels, 1, count * channels, 0, ceil_div(channels, V::lanes)};
             if (statistics && seen == 0) {
                 // The first pixel becomes the pivot.
-                strip[0](rows, ring.plane, conv.weights, channels, out, mean, s, q, false);
+                strip[0](rows, ring.plane, conv.weights, channels, out, mean, s, q, none);
                 for (int64_t c = 0; c < channels; ++c) {
                     mean[c] = s[c];
                     s[c] = q[c] = 0;
                 }
             }
-            strip[count - 1](rows, ring.plane, conv.weights, channels, stream ? held : out, pivot, s, q, !stream);
+            strip[count - 1](rows, ring.plane, conv.weights, channels, stream ? held : out, pivot, s, q, ahead);
             if (stream) stream_out<V>(held, count * channels, out);
             for (int64_t r = 0; r < 3; ++r) rows[r] += count * conv.stride * V::lanes;
             out += count * channels;
@@ -228,22 +230,21 @@ inline __attribute__((always_inline)) void inputs_backward_1(const Lane<V, T>& l
     V::store(lane.centred_sum, centred);
 }
 
-// Inputs [x, x + count) of row y, stride 1. rows: dy2's rows y - 1, y, y + 1, at the column before x. The next strip of
-// y1 is fetched, as no hardware follows columns of channels; `ahead`: of dz1 too.
+// Inputs [x, x + count) of row y, stride 1. rows: dy2's rows y - 1, y, y + 1, at the column before x. `ahead` is
+// fetched meanwhile.
 template <class V, class T, bool Normalised>
 void strip_backward_1(const DepthwiseBackward<T>& conv, const float* const rows[3], int64_t plane, const T* y1, T* dz1,
-                      int64_t count, float* sums, float* dweight, bool ahead) {
+                      int64_t count, float* sums, float* dweight, Ahead& ahead) {
     const int64_t channels = conv.channels;
     for (int64_t c = 0; c < channels; c += V::lanes) {
         const Lane<V, T> lane(conv, c, sums, dweight);
+        ahead.fetch();
         const int64_t at = c / V::lanes * plane;
         const float *above = rows[0] + at, *here = rows[1] + at, *below = rows[2] + at;
         const T* from = y1 + c;
         T* to = dz1 + c;
         int64_t left = count;
         const auto go = [&]<int Count>() __attribute__((always_inline)) {
-            fetch_pixels<Count>(from + kBackwardStrip * channels, channels, c);
-            if (ahead) fetch_pixels<Count>(to + kBackwardStrip * channels, channels, c);
             inputs_backward_1<V, T, Normalised, Count>(lane, above, here, below, from, to);
             above += Count * V::lanes;
             here += Count * V::lanes;
@@ -287,10 +288,11 @@ inline __attribute__((always_inline)) void input_backward_2(const Lane<V, T>& la
 // second row of dz1 is `to_line` after the first.
 template <class V, class T, bool Normalised>
 void strip_backward_2(const DepthwiseBackward<T>& conv, const float* const rows[2], int64_t plane, const T* y1, T* dz1,
-                      int64_t to_line, int64_t count, bool both, float* sums, float* dweight, bool ahead) {
+                      int64_t to_line, int64_t count, bool both, float* sums, float* dweight, Ahead& ahead) {
     const int64_t channels = conv.channels, line = conv.width * channels;
     for (int64_t c = 0; c < channels; c += V::lanes) {
         const Lane<V, T> lane(conv, c, sums, dweight);
+        ahead.fetch();
         typename V::Type into[9], total = V::load(lane.dz_sum), centred = V::load(lane.centred_sum);
         MBV2_UNROLL for (int t = 0; t < 9; ++t) into[t] = V::load(lane.dweight + t * V::lanes);
         const float *here = rows[0] + c / V::lanes * plane, *next = rows[1] + c / V::lanes * plane;
@@ -302,13 +304,6 @@ void strip_backward_2(const DepthwiseBackward<T>& conv, const float* const rows[
             const T* from = y1 + i * channels + c;
             T* to = dz1 + i * channels + c;
             const bool pair = i + 1 < count;
-            const T* next = from + kBackwardStrip * channels;
-            fetch_pixels<2>(next, channels, c);
-            fetch_pixels<2>(next + line, channels, c);
-            if (ahead) {
-                fetch_pixels<2>(to + kBackwardStrip * channels, channels, c);
-                fetch_pixels<2>(to + kBackwardStrip * channels + to_line, channels, c);
-            }
             input_backward_2<V, T, Normalised, 4>(lane, into, total, centred, from, where, to);
             if (pair) {
                 input_backward_2<V, T, Normalised, 3, 5>(lane, into, total, centred, from + channels, where,
@@ -335,7 +330,7 @@ void depthwise_backward(const DepthwiseBackward<T>& conv, int64_t n, int64_t fir
     for (int64_t c = 0; c < 2 * wide; ++c) sums[c] = 0;
     for (int64_t c = 0; c < 9 * wide; ++c) dweight[c] = 0;
     int64_t made = conv.stride == 1 ? (first > 0 ? first - 1 : 0) : first / 2;
-    const int64_t step = conv.stride;
+    const int64_t step = conv.stride, line = conv.width * channels;
     const bool stream = conv.stream && whole_lines(conv.dz1, channels);
     T* const held = reinterpret_cast<T*>(scratch + 4 * ring.row);
     for (int64_t y = first; y < last; y += step) {
@@ -352,16 +347,20 @@ void depthwise_backward(const DepthwiseBackward<T>& conv, int64_t n, int64_t fir
             T *dz1 = conv.dz1 + at, *to = stream ? held : dz1;
             const bool both = step == 2 && y + 1 < last;
             const int64_t to_line = (stream ? kBackwardStrip : conv.width) * channels;
+            // The next strip, at the end of a line that of the next: no hardware follows columns of channels.
+            const T* next = x + count < conv.width ? y1 + count * channels : y1 - x * channels + step * line;
+            Ahead ahead(next, stream ? nullptr : conv.dz1 + (next - conv.y1), both ? 2 : 1, count * channels, line,
+                        ceil_div(channels, V::lanes));
             if (step == 1) {
                 const float* rows[3];
                 for (int64_t r = 0; r < 3; ++r) rows[r] = ring.at(y + r - 1) + x * V::lanes;
                 const auto strip = conv.bn1 ? strip_backward_1<V, T, true> : strip_backward_1<V, T, false>;
-                strip(conv, rows, ring.plane, y1, to, count, sums, dweight, !stream);
+                strip(conv, rows, ring.plane, y1, to, count, sums, dweight, ahead);
             } else {
                 const float* rows[2];
                 for (int64_t r = 0; r < 2; ++r) rows[r] = ring.at(y / 2 + r) + (x / 2 + 1) * V::lanes;
                 const auto strip = conv.bn1 ? strip_backward_2<V, T, true> : strip_backward_2<V, T, false>;
-                strip(conv, rows, ring.plane, y1, to, to_line, count, both, sums, dweight, !stream);
+                strip(conv, rows, ring.plane, y1, to, to_line, count, both, sums, dweight, ahead);
             }
             if (!stream) continue;
             stream_out<V>(held, count * channels, dz1);

@@ -12,12 +12,6 @@ template <class V, class T>
 inline typename V::Type load_n(const T* p, int64_t n) {
     return n >= V::lanes ? V::load(p) : V::load_part(p, n);
 }
-// Where channel c begins a cache line, its place in each of `Count` pixels is fetched into the second cache.
-template <int Count, class T>
-inline __attribute__((always_inline)) void fetch_pixels(const T* p, int64_t channels, int64_t c) {
-    if (c * static_cast<int64_t>(sizeof(T)) % kLine != 0) return;
-    MBV2_UNROLL for (int i = 0; i < Count; ++i) __builtin_prefetch(p + i * channels, 0, 2);
-}
 template <class V, class T>
 inline void store_n(T* p, typename V::Type x, int64_t n) {
     n >= V::lanes ? V::store(p, x) : V::store_part(p, x, n);
