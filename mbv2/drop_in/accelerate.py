@@ -8,9 +8,9 @@ from torch import nn
 
 from mbv2.drop_in.leaves import Mismatch
 from mbv2.drop_in.owners import full_name, owner_of
-from mbv2.drop_in.patterns import described
+from mbv2.drop_in.patterns import Apart, Fused, described
 from mbv2.drop_in.swap import Accelerated, accelerated_class, original_class
-from mbv2.drop_in.unmatched import FOREIGN, NOTES, OURS, why_depthwise_stays
+from mbv2.drop_in.unmatched import FOREIGN, NOTES, OTHERWISE_CALLED, OURS, why_depthwise_stays
 from mbv2.errors import UserError
 
 
@@ -129,7 +129,13 @@ def _visit(module: nn.Module, name: str, report: Report, seen: set[int]) -> None
         return
     before = len(report.swapped)
     for child_name, child in module.named_children():
-        _visit(child, f"{name}.{child_name}".lstrip("."), report, seen)
+        path = f"{name}.{child_name}".lstrip(".")
+        if child_name == OTHERWISE_CALLED.get(key):
+            report.kept.append(Kept(path, _class_of(child).__name__, "another method than its forward is called"))
+            for grandchild_name, grandchild in child.named_children():
+                _visit(grandchild, f"{path}.{grandchild_name}", report, seen)
+        else:
+            _visit(child, path, report, seen)
     for child_name, why in NOTES.get(key, {}).items():
         if hasattr(module, child_name) and len(report.swapped) > before:
             owner_name = type(getattr(module, child_name)).__name__
@@ -146,8 +152,9 @@ def _visit(module: nn.Module, name: str, report: Report, seen: set[int]) -> None
 def _try(module: nn.Module, name: str, report: Report, say_why: bool) -> None:
     """Swap one known module if it matches, and report."""
     original = _class_of(module)
-    steps = owner_of(original).read(module)
-    if not isinstance(steps, Mismatch) and "forward" in module.__dict__:
+    owner = owner_of(original)
+    steps = owner.read(module)
+    if not isinstance(steps, Mismatch) and owner.own(module):
         steps = Mismatch(None, "has a forward of its own on the instance")
     if isinstance(steps, Mismatch):
         if say_why:
@@ -156,7 +163,12 @@ def _try(module: nn.Module, name: str, report: Report, say_why: bool) -> None:
             return
     else:
         report.swapped += [
-            Swapped(name, *described(step), original.__name__) for step in steps if not isinstance(step, nn.Module)
+            Swapped(name, *described(step), original.__name__) for step in steps if isinstance(step, Fused)
+        ]
+        report.kept += [
+            Kept(name, original.__name__, f"of its {step.kind}, {_reason(module, step.why)}")
+            for step in steps
+            if isinstance(step, Apart)
         ]
     if not isinstance(module, Accelerated):
         module.__class__ = accelerated_class(original)

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from mbv2.drop_in.leaves import Mismatch, a, is_identity, type_name, watched
-from mbv2.drop_in.patterns import Block, Head, Stem, Step, block_at, head_at, stem_at
+from mbv2.drop_in.patterns import Fused, Step, block_at, head_at, stem_at
+from mbv2.drop_in.timm_network import read_timm_features, read_timm_model
 
 Read = Callable[[nn.Module], "list[Step] | Mismatch"]
 
@@ -21,12 +22,16 @@ class Owner(NamedTuple):
     Attributes:
         read: the module's steps.
         opened: what it holds is searched for owners as well.
-        calls: another method that its forward calls, and that a subclass has to leave as it is.
+        calls: other methods that its forward calls, and that a subclass has to leave as they are.
     """
 
     read: Read
     opened: bool = False
-    calls: str = "forward"
+    calls: tuple[str, ...] = ()
+
+    def own(self, module: nn.Module) -> bool:
+        """Whether a forward, or a method it calls, was put on the instance."""
+        return any(name in module.__dict__ for name in ("forward", *self.calls))
 
 
 def full_name(method: Any) -> str:
@@ -38,9 +43,10 @@ def owner_of(cls: type[nn.Module]) -> Owner | None:
     """What is known of modules of this class, None if nothing is."""
     name = full_name(cls.forward)
     owner = OWNERS.get(name)
-    if owner is None or full_name(getattr(cls, owner.calls)) != name.removesuffix("forward") + owner.calls:
+    if owner is None:
         return None
-    return owner
+    methods = name.removesuffix("forward")
+    return owner if all(full_name(getattr(cls, called)) == methods + called for called in owner.calls) else None
 
 
 def is_sequence(module: nn.Module) -> bool:
@@ -83,7 +89,7 @@ def read_sequence(module: nn.Module) -> list[Step] | Mismatch:
         else:
             step, at = found
             steps.append(step)
-    if any(isinstance(step, (Block, Stem, Head)) for step in steps):
+    if any(isinstance(step, Fused) for step in steps):
         return steps
     return Mismatch(None, "holds no stem, block or pooled head")
 
@@ -185,14 +191,19 @@ def _layer(layer: nn.Module) -> list[nn.Module] | Mismatch:
 
 _TORCHVISION = "torchvision.models.mobilenetv2"
 _TIMM = "timm.models._efficientnet_blocks"
+_TIMM_NETWORK = "timm.models.efficientnet"
 _HUGGING_FACE = "transformers.models.mobilenet_v2.modeling_mobilenet_v2"
 
 OWNERS: dict[str, Owner] = {
     "torch.nn.modules.container.Sequential.forward": Owner(read_sequence, opened=True),
     f"{_TORCHVISION}.InvertedResidual.forward": Owner(read_torchvision_block),
-    f"{_TORCHVISION}.MobileNetV2.forward": Owner(read_torchvision_model, opened=True, calls="_forward_impl"),
+    f"{_TORCHVISION}.MobileNetV2.forward": Owner(read_torchvision_model, opened=True, calls=("_forward_impl",)),
     f"{_TIMM}.InvertedResidual.forward": Owner(read_timm_block),
     f"{_TIMM}.DepthwiseSeparableConv.forward": Owner(read_timm_separable),
+    f"{_TIMM_NETWORK}.EfficientNet.forward": Owner(
+        read_timm_model, opened=True, calls=("forward_features", "forward_head")
+    ),
+    f"{_TIMM_NETWORK}.EfficientNetFeatures.forward": Owner(read_timm_features, opened=True),
     f"{_HUGGING_FACE}.MobileNetV2InvertedResidual.forward": Owner(read_hugging_face_block),
     f"{_HUGGING_FACE}.MobileNetV2Stem.forward": Owner(read_hugging_face_stem),
 }

@@ -1,6 +1,6 @@
 """Stems, blocks and pooled heads, read from a run of modules and computed by one operator each."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -33,8 +33,26 @@ class Head(NamedTuple):
     flat: bool
 
 
+class Apart(NamedTuple):
+    """Modules in the place of a stem or head that are called one by one.
+
+    Attributes:
+        kind: "stem" or "head".
+        modules: in the order in which they are called.
+        why: what keeps them from being one.
+    """
+
+    kind: str
+    modules: tuple[nn.Module, ...]
+    why: Mismatch
+
+
+class Tap(NamedTuple):
+    """The value here is one of the outputs, which are a list where there are such steps."""
+
+
 Fused = Stem | Block | Head
-Step = Fused | nn.Module
+Step = Fused | Apart | Tap | Callable[[Tensor], Tensor]
 
 
 def stages(step: Fused) -> list[Stage]:
@@ -44,8 +62,18 @@ def stages(step: Fused) -> list[Stage]:
     return [step[0]]
 
 
-def run(step: Step, x: Tensor) -> Tensor:
-    """The step's output for input x [N, C, H, W]; a module is called."""
+def run_all(steps: list[Step], x: Tensor) -> Tensor | list[Tensor]:
+    """What the steps make of input x [N, C, H, W]; modules and functions are called."""
+    taken = []
+    for step in steps:
+        if isinstance(step, Tap):
+            taken.append(x)
+        else:
+            x = _run(step, x)
+    return taken or x
+
+
+def _run(step: Step, x: Tensor) -> Tensor:
     if isinstance(step, Block):
         return _run_block(step, x)
     if isinstance(step, Stem):
@@ -56,7 +84,9 @@ def run(step: Step, x: Tensor) -> Tensor:
     if isinstance(step, Head):
         out = kernels.head(x, step.last.tensors())
         return out if step.flat else out[:, :, None, None]
-    return step(x)
+    for module in step.modules if isinstance(step, Apart) else (step,):
+        x = module(x)
+    return x
 
 
 def _run_block(block: Block, x: Tensor) -> Tensor:

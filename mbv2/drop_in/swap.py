@@ -22,8 +22,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from mbv2.drop_in.leaves import Mismatch
-from mbv2.drop_in.owners import Read, owner_of
-from mbv2.drop_in.patterns import Step, run, stages
+from mbv2.drop_in.owners import Owner, owner_of
+from mbv2.drop_in.patterns import Block, Fused, Head, Step, run_all, stages
+from mbv2.kernels.dispatch import asked
 from mbv2.kernels.ops import is_fused
 
 # Parameters of other types (quantised, sharded) have arithmetic of their own.
@@ -34,6 +35,9 @@ _PLAIN = (
     "torch._subclasses.fake_tensor.FakeTensor",
     "torch._subclasses.functional_tensor.FunctionalTensor",
 )
+# On CPUs, from this many positions of the input on (two pictures of 224 x 224), a network's stem and head run faster
+# in operators; below, torch's own modules do (docs/drop_in.md). Blocks always gain.
+_POSITIONS = 100_000
 
 
 class Accelerated:
@@ -50,8 +54,7 @@ class Accelerated:
 @functools.cache
 def accelerated_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `cls` whose forward runs its known steps as fused operators."""
-    read = owner_of(cls).read
-    members = {"forward": _forward(cls, read), "__module__": __name__, "__doc__": cls.__doc__}
+    members = {"forward": _forward(cls, owner_of(cls)), "__module__": __name__, "__doc__": cls.__doc__}
     return types.new_class(f"Accelerated{cls.__name__}", (Accelerated, cls), {}, lambda body: body.update(members))
 
 
@@ -66,7 +69,7 @@ def _rebuilt(original: type[nn.Module], function: Any, arguments: tuple[Any, ...
     return module
 
 
-def _forward(cls: type[nn.Module], read: Read) -> Any:
+def _forward(cls: type[nn.Module], owner: Owner) -> Any:
     original = cls.forward
 
     # torch.jit.script compiles what functools.wraps points to: the original.
@@ -75,13 +78,11 @@ def _forward(cls: type[nn.Module], read: Read) -> Any:
         if len(args) == 1 and not kwargs:
             x = args[0]
             if isinstance(x, fx.Proxy):
-                return _traced(self, x, read, original)
-            if _worthwhile(x):
-                steps = read(self)
-                if not isinstance(steps, Mismatch) and _computable(steps, x):
-                    for step in steps:
-                        x = run(step, x)
-                    return x
+                return _traced(self, x, owner, original)
+            if _worthwhile(x) and not owner.own(self):
+                steps = owner.read(self)
+                if not isinstance(steps, Mismatch) and _gains(steps, x) and _computable(steps, x):
+                    return run_all(steps, x)
         return original(self, *args, **kwargs)
 
     return forward
@@ -100,11 +101,20 @@ def _worthwhile(x: Any) -> bool:
     )
 
 
+def _gains(steps: list[Step], x: Tensor) -> bool:
+    """Whether the steps are faster as operators at x's size, unless a backend was named; compiled code holds any."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or asked() != "auto":
+        return True
+    if isinstance(steps[0], Head) or any(isinstance(step, Block) for step in steps):
+        return True
+    return x.shape[0] * x.shape[2] * x.shape[3] >= _POSITIONS
+
+
 def _computable(steps: list[Step], x: Tensor) -> bool:
     """Whether the weights have x's device and type, as they must; the original forward raises torch's own error."""
     cast = torch.is_autocast_enabled(x.device.type)
     for step in steps:
-        if isinstance(step, nn.Module):
+        if not isinstance(step, Fused):
             continue
         for stage in stages(step):
             weight, scale = stage.conv.weight, stage.norm.weight
@@ -120,9 +130,9 @@ def _plain(tensor: Tensor) -> bool:
     return cls.__module__ + "." + cls.__qualname__ in _PLAIN
 
 
-def _traced(self: nn.Module, x: fx.Proxy, read: Read, original: Any) -> Any:
+def _traced(self: nn.Module, x: fx.Proxy, owner: Owner, original: Any) -> Any:
     """One node for a module that consists of fused steps only; torch.fx sees through all others."""
-    steps = read(self)
-    fused = not isinstance(steps, Mismatch) and not any(isinstance(step, nn.Module) for step in steps)
+    steps = owner.read(self)
+    fused = not isinstance(steps, Mismatch) and all(isinstance(step, Fused) for step in steps)
     name = x.tracer.path_of_module(self) if fused else ""
     return x.tracer.create_proxy("call_module", name, (x,), {}) if name else original(self, x)

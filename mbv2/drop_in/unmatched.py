@@ -31,10 +31,13 @@ _APART = "its convolution and BatchNorm are called one by one by the model; no m
 
 # By forward of the owner, then by name: said if the owner holds blocks that were swapped.
 NOTES: dict[str, dict[str, str]] = {
-    "timm.models.efficientnet.EfficientNet.forward": {"conv_stem": _APART, "conv_head": _UNPOOLED},
-    "timm.models.efficientnet.EfficientNetFeatures.forward": {"conv_stem": _APART},
+    "timm.models._features.FeatureDictNet.forward": {"conv_stem": _APART},
+    "timm.models._features.FeatureListNet.forward": {"conv_stem": _APART},
     "transformers.models.mobilenet_v2.modeling_mobilenet_v2.MobileNetV2Model.forward": {"conv_1x1": _UNPOOLED},
 }
+
+# By forward of the owner: the child of which it calls another method than its forward, so that swapping that is no use.
+OTHERWISE_CALLED = {"timm.models._features.FeatureGetterNet.forward": "model"}
 
 
 def why_depthwise_stays(module: nn.Module) -> str | None:
