@@ -130,6 +130,13 @@ def test_a_hidden_tensor_beyond_half_of_l2_is_written_and_read_through_dram() ->
             assert pair.product.microseconds >= (hidden + 4 * positions * 64) / share
 
 
+def test_rows_of_the_hidden_tensor_beyond_32_bits_are_one_launch() -> None:
+    shape = fused.Shape(0, 1, 1, 1 << 20, 16, 2048, 16, 1, True, True)
+    assert fused.pair_for(shape, A100) == "no tile fits the GPU's shared memory"
+    assert isinstance(fused.pair_for(shape._replace(hidden=2040), A100), fused.Pair)
+    assert isinstance(fused.choice_for(shape, A100), fused.Plan)
+
+
 def test_without_expansion_there_is_no_pair() -> None:
     shape = blocks(1.0, 224, 64)[0]
     assert fused.pair_for(shape, A100) == "a block without expansion is one launch"

@@ -63,6 +63,8 @@ bool plan_pair(const BlockShape& s, const Gpu& gpu, const Wish& wish, BlockPlan*
     BlockShape front = s;
     front.outputs = 0, front.residual = false;
     const int64_t rows = s.images * ((s.height - 1) / s.stride + 1) * ((s.width - 1) / s.stride + 1);
+    // The kernel steps from row to row by 32-bit numbers.
+    if (((s.width - 1) / s.stride + 1) * s.hidden > INT32_MAX) return false;
     const Bytes bytes(s, gpu);
     best->cut = Cut::kPair;
     return plan_launch(front, gpu, wish, bytes.x + bytes.hidden + bytes.expand + bytes.depthwise, &best->block) &&
