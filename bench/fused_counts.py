@@ -1,4 +1,4 @@
-"""Instructions of the fused block in CUDA C++: what its machine code holds, by part, times how often a plan runs it.
+"""Instructions of the fused block and of pairs in CUDA C++: what machine code holds, by part, times how often it runs.
 
 Machine code is compiled with source lines (nvcc -lineinfo), so that every loop and every instruction outside of loops
 is known to belong to one function of csrc/cuda/fused_*.cuh. How often each of them runs follows from the plan. Of code
@@ -21,7 +21,7 @@ SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 PARTS = (
     "fill_tables", "clear_a1", "copy_x", "copy_a1", "copy_expand_weights", "copy_depthwise_weights",
     "copy_project_weights", "expand", "depthwise", "project", "stage_alone", "stage_with_shortcut", "store_partial",
-    "store",
+    "store_hidden", "store",
 )  # fmt: skip
 # Loops of which a function has several that differ, in the order of the machine code; of all others a pass takes one.
 SEVERAL = {
@@ -35,7 +35,9 @@ _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s")
 
 # Instructions of a thread by part: "once/store" outside of loops, "chunk/project" in the loop over chunks, and in loops
 # of their own "expand", "expand/inner", "depthwise s1".
+# A product's are "once", "chunk" in the loop over channels, "store" and "store/inner" in those that write results.
 Counts = dict[str, int]
+_PRODUCT_VECTORS = 4  # 16 bytes each, kProductChunk in csrc/cuda/product_params.h
 
 
 class Tile(NamedTuple):
@@ -43,6 +45,16 @@ class Tile(NamedTuple):
 
     chunk_bytes: int
     walk: int
+    warps_m: int
+    warps_n: int
+    tiles_m: int
+    tiles_n: int
+    blocks: int
+
+
+class ProductTile(NamedTuple):
+    """A line of MBV2_PRODUCT_TILES in csrc/cuda/product_params.h."""
+
     warps_m: int
     warps_n: int
     tiles_m: int
@@ -88,11 +100,47 @@ def executed(shape: fused.Shape, plan: fused.Plan, known: dict[str, Counts]) -> 
     times = runs(shape, plan)
     warps = sum(count * times(part) for part, count in known[str(plan.tile)].items())
     total = 32.0 * warps * plan.blocks / plan.splits
-    if plan.splits > 1:
+    if plan.partial_bytes:
         # A thread makes four values; its loop over the splits is unrolled, and counted as one pass.
         values = shape.images * shape.outputs * _side(shape, shape.height) * _side(shape, shape.width)
         total += values / 4 * sum(known["sum"].values())
     return total
+
+
+def product_counts(listing: str, wanted: Callable[[sass.Instruction], bool] = lambda this: True) -> Counts:
+    """As `counts`, of a pair's second kernel."""
+    instructions = sass.parse(listing)
+    loops = sass.find_loops(instructions, every=True)
+    [chunk] = [loop for loop in loops if any(instructions[i].opcode in sass.TENSOR_CORE for i in loop.body)]
+    [outer] = [loop for loop in loops if loop is not chunk and not loop.depth]
+    # Where a row has one pass only, it is no loop.
+    inner = next((loop.body for loop in loops if loop.depth), frozenset())
+    assert len(loops) == 2 + bool(inner) and inner < outer.body, f"{len(loops)} loops in a product"
+    bodies = {"chunk": chunk.body, "store": outer.body - inner, "store/inner": inner}
+    bodies["once"] = frozenset(range(len(instructions))) - chunk.body - outer.body
+    return {part: sum(wanted(instructions[i]) for i in body) for part, body in bodies.items()}
+
+
+def product_executed(shape: fused.Shape, plan: fused.Product, known: dict[str, Counts]) -> float:
+    """As `executed`, of a pair's second launch; rows and columns past the last cost what the others cost."""
+    tile = product_tiles()[plan.tile]
+    warps = plan.threads // 32
+    item = 4 if shape.element == 2 else 2
+    rows = 16 * tile.warps_m * tile.tiles_m * _PRODUCT_VECTORS / plan.threads
+    vectors = min(shape.outputs, 8 * tile.warps_n * tile.tiles_n) * item / 16
+    passes = {
+        "once": 1,
+        "chunk": -(-shape.hidden * item // (16 * _PRODUCT_VECTORS)),
+        "store": rows,
+        "store/inner": rows * -(-vectors // _PRODUCT_VECTORS),
+    }
+    mine = known[f"product{plan.tile}"]
+    return 32.0 * warps * plan.blocks * sum(mine[part] * count for part, count in passes.items())
+
+
+def pair_executed(shape: fused.Shape, plan: fused.Pair, known: dict[str, Counts]) -> tuple[float, float]:
+    """Instructions of all threads of both launches."""
+    return executed(shape, plan.front, known), product_executed(shape, plan.product, known)
 
 
 def runs(shape: fused.Shape, plan: fused.Plan) -> Callable[[str], float]:
@@ -137,9 +185,11 @@ def runs(shape: fused.Shape, plan: fused.Plan) -> Callable[[str], float]:
         "once/copy_x": warps * plan.splits * expands,
         "once/stage_alone": warps * (not shape.residual and plan.splits == 1),
         "once/stage_with_shortcut": warps * (shape.residual and plan.splits == 1),
+        "store_hidden": dealt(groups * tile.chunk_bytes) * chunks,
+        "chunk/store_hidden": warps * chunks,
         "chunk/project": chunks
         * warps
-        * (columns / (tile.warps_n * tile.tiles_n))
+        * (columns / (tile.warps_n * max(tile.tiles_n, 1)))
         * (-(-shape.hidden // (2 * vector)) / (chunks * chunk / (2 * vector))),
         "store": dealt(groups * tile.walk * 16 * (shape.outputs // vector)) * (plan.splits == 1),
         "once/store": warps * (plan.splits == 1),
@@ -160,6 +210,13 @@ def runs(shape: fused.Shape, plan: fused.Plan) -> Callable[[str], float]:
         return warps * (plan.splits if where == "once" else chunks + plan.splits)
 
     return times
+
+
+@cache
+def product_tiles() -> tuple[ProductTile, ...]:
+    """The compiled tile shapes of products."""
+    text = (SOURCES / "product_params.h").read_text()
+    return tuple(ProductTile(*map(int, found.split(","))) for found in re.findall(r"\bX\(\d+,([\d, ]+)\)", text))
 
 
 @cache
@@ -196,6 +253,8 @@ def _names(loops: Sequence[sass.Loop], main: sass.Loop, parts: list[str]) -> dic
         if loop is main:
             continue
         part = Counter(parts[index] for index in loop.body).most_common(1)[0][0]
+        # It has no loop of its own: on sm_120 the one behind it in `store` carries its lines.
+        part = "store" if part == "stage_alone" else part
         if outer:
             named[loop] = named[outer[-1]] + "/inner"
         else:

@@ -110,9 +110,13 @@ def backends(dry_run: bool) -> tuple[Stages, dict[str, str]]:
     own = {
         "depthwise": depthwise.depthwise,
         "depthwise_backward": depthwise.depthwise_backward,
-        "inverted_residual_folded": _fused,
+        "inverted_residual_folded": partial(_block, None),
     }
-    return {"cuda": own.get, **found}, {}
+    ways = {
+        "cuda, one launch": {"inverted_residual_folded": partial(_block, 0)}.get,
+        "cuda, pair": {"inverted_residual_folded": partial(_block, 1)}.get,
+    }
+    return {"cuda": own.get, **ways, **found}, {}
 
 
 def _launchers_missing() -> str | None:
@@ -121,18 +125,21 @@ def _launchers_missing() -> str | None:
     return support.missing()
 
 
-def _fused(x: Tensor, w1: Any, b1: Any, wd: Tensor, bd: Tensor, w3: Tensor, b3: Tensor, *rest: Any) -> Tensor:
-    """The fused block, and nothing in its place.
+def _block(
+    cut: int | None, x: Tensor, w1: Any, b1: Any, wd: Tensor, bd: Tensor, w3: Tensor, b3: Tensor, *rest: Any
+) -> Tensor:
+    """The block in CUDA C++ and nothing in its place, in one launch (0), as a pair (1) or as the planner prefers.
 
     Raises:
-        ValueError: the planner has no plan for it.
+        ValueError: the planner has no such plan for it.
     """
     from mbv2.kernels.cuda import fused
 
-    plan = fused.plan_for(fused.shape_of(x, w1, wd, w3, *rest), fused.gpu_of(x.device))
+    wish = {} if cut is None else {"cut": cut}
+    plan = fused.choice_for(fused.shape_of(x, w1, wd, w3, *rest), fused.gpu_of(x.device), **wish)
     if isinstance(plan, str):
         raise ValueError(plan)
-    return fused.inverted_residual_folded(x, w1, b1, wd, bd, w3, b3, *rest)
+    return fused.run(plan, x, (w1, wd, w3, b1, bd, b3), *rest)
 
 
 def as_markdown(document: dict[str, Any]) -> str:

@@ -49,11 +49,15 @@ def gpu(cuda: bool = True) -> Iterator[None]:
         def launch(plan: fused.Plan, tensors: tuple[Any, ...]) -> None:
             emulated_cuda.emulated_launch(plan, tensors, all_tiles=True)
 
+        def launch_product(plan: fused.Product, tensors: tuple[Any, ...]) -> None:
+            emulated_cuda.emulated_product(plan, tensors, all_tiles=True)
+
         backend = dispatch.Backend(lambda device, dtype: None, lambda: stages)
         with (
             cuda_depthwise_emulated.emulated(),
             patch.object(fused, "gpu_of", lambda device: emulated_cuda.A100),
             patch.object(fused, "launch", launch),
+            patch.object(fused, "launch_product", launch_product),
             patch.object(torch.cuda, "get_device_capability", lambda device=None: (8, 0)),
             patch.dict(dispatch._backends, {"cuda": backend}),
         ):

@@ -1,8 +1,8 @@
-"""The static report on the fused block in CUDA C++: registers, local memory, instructions, and what its plans occupy.
+"""The static report on fused block and pairs in CUDA C++: registers, local memory, instructions, what plans occupy.
 
     python -m bench.resources_cuda [--arch 80 90] [--dtype float16] [--write]
 
-Compiled is every tile for every architecture; with neither option that is about five minutes on one core. --write puts
+Compiled is every tile for every architecture; with neither option that is about eight minutes on one core. --write puts
 the figures of what was compiled into results/cuda_fused.json, from which `bench.roofline` predicts. Exit status
 1 where a kernel touches local memory, has no tensor-core instruction, needs more instructions an element than
 `BUDGET`, or where a plan for the full-width network leaves an SM fewer than 8 warps.
@@ -21,11 +21,10 @@ from typing import Any
 
 import torch
 
-from bench import fused_counts, sass
+from bench import fused_counts, plan, sass
 from bench.occupancy import ARCHITECTURES, Architecture, warps_per_sm
 from mbv2.files import write_atomic
 from mbv2.kernels.cuda import fused
-from mbv2.model import MobileNetV2
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 NAMES = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float32: "float"}
@@ -43,9 +42,11 @@ _USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(
 
 
 @cache
-def kernels(dtype: torch.dtype, arch: int, nvcc: str, only_tile: int | None = None) -> dict[str, tuple[sass.Code, str]]:
+def kernels(
+    dtype: torch.dtype, arch: int, nvcc: str, only_tile: int | None = None, kind: str = "fused"
+) -> dict[str, tuple[sass.Code, str]]:
     """The machine code of the kernels for `dtype` on sm_<arch>, and its listing with lines of the source, by tile (its
-    index, or "sum").
+    index, or "sum"). kind "product": of the second kernels of pairs.
 
     Raises:
         RuntimeError: nvcc cannot compile them.
@@ -55,7 +56,7 @@ def kernels(dtype: torch.dtype, arch: int, nvcc: str, only_tile: int | None = No
         cubin = Path(folder) / "fused.cubin"
         command = [nvcc, "-std=c++17", "-O3", "-lineinfo", "-cubin", f"-arch=sm_{arch}"]
         command += [] if only_tile is None else [f"-DMBV2_ONLY_TILE={only_tile}"]
-        command += [str(SOURCES / f"fused_{name}.cu"), "-o", str(cubin)]
+        command += [str(SOURCES / f"{kind}_{name}.cu"), "-o", str(cubin)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr or done.stdout)
@@ -64,7 +65,7 @@ def kernels(dtype: torch.dtype, arch: int, nvcc: str, only_tile: int | None = No
     texts = {part.split(",", 1)[0]: part for part in re.split(r"^\s*\.section\s+\.text\.", listing, flags=re.M)[1:]}
     found = {}
     for kernel, registers, stack, local in _USAGE.findall(usage):
-        tile = kernel.removeprefix(f"fused_{name}_")
+        tile = kernel.removeprefix(f"{kind}_{name}_")
         if only_tile is not None and tile != str(only_tile):
             continue
         instructions = sass.parse(texts[kernel])
@@ -92,60 +93,89 @@ def depthwise_instructions(code: sass.Code, dtype: torch.dtype, walk: int) -> tu
 
 
 def rows(dtype: torch.dtype, arch: Architecture, nvcc: str, only_tile: int | None = None) -> dict[str, dict[str, Any]]:
-    """Every kernel's figures and faults, by tile."""
+    """Every kernel's figures and faults: the fused block's by tile, "sum", and those of products, "product<tile>"."""
     shapes = used_by(dtype, arch)
     found = {}
     for tile, (code, listing) in kernels(dtype, arch.number, nvcc, only_tile).items():
-        row: dict[str, Any] = {
-            "registers": code.registers,
-            "local_memory": code.stack_bytes + code.count(*sass.SPILLING),
-            "instructions": len(code.instructions),
-        }
-        faults = [f"{row['local_memory']} bytes of local memory"] if row["local_memory"] else []
+        row = _figures(code)
         row["counts"] = {"all": len(code.instructions)} if tile == "sum" else fused_counts.counts(listing)
         if tile != "sum":
-            walk = fused_counts.tiles()[int(tile)].walk
-            row["depthwise"] = [round(value, 2) for value in depthwise_instructions(code, dtype, walk)]
-            row["tensor_core"] = code.count(*sass.TENSOR_CORE)
-            plans = shapes.get(int(tile), [])
-            row["plans"] = len(plans)
-            row["shared_bytes"] = max((plan.shared_bytes for plan in plans), default=0)
-            row["warps_per_sm"] = min(
-                (warps_per_sm(arch, plan.threads // 32, code.registers, plan.shared_bytes) for plan in plans),
-                default=WARPS_AT_LEAST,
-            )
-            if row["warps_per_sm"] < WARPS_AT_LEAST:
-                faults.append(f"{row['warps_per_sm']} warps an SM")
+            this = fused_counts.tiles()[int(tile)]
+            row["depthwise"] = [round(value, 2) for value in depthwise_instructions(code, dtype, this.walk)]
+            row |= _occupied(arch, code, shapes.get(tile, []))
             if not row["tensor_core"]:
-                faults.append("no tensor-core instruction")
-            for stride, (cost, allowed) in enumerate(zip(row["depthwise"], BUDGET[dtype][walk], strict=True), 1):
+                row["faults"].append("no tensor-core instruction")
+            budget = BUDGET[dtype][this.walk]
+            for stride, (cost, allowed) in enumerate(zip(row["depthwise"], budget, strict=True), 1):
                 if cost > allowed:
-                    faults.append(f"{cost} instructions a depthwise output at stride {stride}, the budget is {allowed}")
-        row["faults"] = faults
+                    row["faults"].append(
+                        f"{cost} instructions a depthwise output at stride {stride}, the budget is {allowed}"
+                    )
         found[tile] = row
+    if only_tile is None:
+        found |= products(dtype, arch, nvcc, shapes)
+    for row in found.values():
+        row["faults"] += [f"{row['warps_per_sm']} warps an SM"] if row.get("warps_per_sm", 8) < WARPS_AT_LEAST else []
     return found
 
 
-def used_by(dtype: torch.dtype, arch: Architecture, images: int = 256) -> dict[int, list[fused.Plan]]:
-    """The plans of the full-width network's blocks at 224x224, by tile."""
+def products(
+    dtype: torch.dtype, arch: Architecture, nvcc: str, shapes: dict[str, list[fused.Plan | fused.Product]]
+) -> dict[str, dict[str, Any]]:
+    """The figures of products, and what plans occupy."""
+    found = {}
+    for tile, (code, listing) in kernels(dtype, arch.number, nvcc, kind="product").items():
+        row = _figures(code)
+        row["counts"] = fused_counts.product_counts(listing)
+        row |= _occupied(arch, code, shapes.get(f"product{tile}", []))
+        this = fused_counts.product_tiles()[int(tile)]
+        # Tensor-core instructions of a pass over 64 bytes of channels; float32 needs three for each.
+        needed = 2 * this.tiles_m * this.tiles_n * (3 if dtype == torch.float32 else 1)
+        if row["tensor_core"] < needed:
+            row["faults"].append(f"{row['tensor_core']} tensor-core instructions, not {needed}")
+        found[f"product{tile}"] = row
+    return found
+
+
+def _figures(code: sass.Code) -> dict[str, Any]:
+    local = code.stack_bytes + code.count(*sass.SPILLING)
+    return {
+        "registers": code.registers,
+        "local_memory": local,
+        "instructions": len(code.instructions),
+        "tensor_core": code.count(*sass.TENSOR_CORE),
+        "faults": [f"{local} bytes of local memory"] if local else [],
+    }
+
+
+def _occupied(arch: Architecture, code: sass.Code, plans: Sequence[fused.Plan | fused.Product]) -> dict[str, Any]:
+    """How many plans take the kernel, the most shared memory and the fewest warps of an SM under one of them."""
+    warps = [warps_per_sm(arch, plan.threads // 32, code.registers, plan.shared_bytes) for plan in plans]
+    return {
+        "plans": len(plans),
+        "shared_bytes": max((plan.shared_bytes for plan in plans), default=0),
+        "warps_per_sm": min(warps, default=WARPS_AT_LEAST),
+    }
+
+
+def used_by(dtype: torch.dtype, arch: Architecture, images: int = 256) -> dict[str, list[fused.Plan | fused.Product]]:
+    """The plans of the full-width network's blocks at 224x224, by kernel: in one launch all of them, and the pairs that
+    the planner prefers at that batch and at a quarter of it."""
     gpu = fused.Gpu(arch.number, arch.processors, arch.shared_per_block, arch.shared_per_sm)
-    plans: dict[int, list[fused.Plan]] = {}
-    size = 112
-    with torch.device("meta"):
-        model = MobileNetV2()
-    for module in model.features[1:-1]:
-        expand, depthwise, project = module.stages()
-        hidden = depthwise.weight.shape[0]
-        inputs = hidden if expand is None else expand.weight.shape[1]
-        outputs, residual = project.weight.shape[0], module.use_res_connect
-        shape = fused.Shape(
-            fused.ELEMENTS[dtype], images, size, size, inputs, hidden, outputs, module.stride, expand is not None,
-            residual,
-        )  # fmt: skip
-        plan = fused.plan_for(shape, gpu)
-        assert isinstance(plan, fused.Plan), f"{shape}: {plan}"
-        plans.setdefault(plan.tile, []).append(plan)
-        size = (size - 1) // module.stride + 1
+    plans: dict[str, list[fused.Plan | fused.Product]] = {}
+    for block in plan.network():
+        for batch in (images, images // 4):
+            shape = fused.Shape(
+                fused.ELEMENTS[dtype], batch, block.side, block.side, block.cin, block.hidden, block.cout, block.stride,
+                block.expands, block.residual,
+            )  # fmt: skip
+            whole, choice = fused.plan_for(shape, gpu), fused.choice_for(shape, gpu)
+            assert isinstance(whole, fused.Plan), f"{shape}: {whole}"
+            if batch == images:
+                plans.setdefault(str(whole.tile), []).append(whole)
+            if isinstance(choice, fused.Pair):
+                plans.setdefault(str(choice.front.tile), []).append(choice.front)
+                plans.setdefault(f"product{choice.product.tile}", []).append(choice.product)
     return plans
 
 

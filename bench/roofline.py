@@ -7,10 +7,11 @@ NOTHING HERE IS TIMED: every time is a prediction. A kernel takes as long as the
 (its instructions), each at the share of its peak that well-written kernels reach (`bench.occupancy`), plus a
 microsecond to launch. Bytes of training kernels are the sectors that `bench.traffic` counted, instructions those of
 `bench.resources` and `bench.gpu_static` (the row of the same kernel, stride and nearest number of channels). L2 is
-taken to keep nothing between kernels, for everybody. The fused block's instructions are those of its machine code times
-how often the planner's cut runs them (`bench.fused_counts`), dealt to SMs in whole thread blocks; its bytes are input,
-output and weights, once. Peers are models: only their least bytes and their launches
-count, as if their kernels were perfect; a peer whose kernels are worse is slower than predicted.
+taken to keep nothing between kernels, for everybody. The instructions of the fused block and of the pairs in CUDA C++
+are those of their machine code times how often the planner's cut runs them (`bench.fused_counts`), dealt to SMs in
+whole thread blocks; their bytes are inputs, outputs and weights, once, a pair's hidden tensor written and read. Peers
+are models: only their least bytes and their launches count, as if their kernels were perfect; a peer whose kernels are
+worse is slower than predicted.
 """
 
 import argparse
@@ -35,6 +36,7 @@ LAUNCH = 1e-6
 ITEM = 2  # float16
 # What the design wants of whole-block inference at batch 256.
 TARGET_EAGER, TARGET_ACT_FUSED = 3.0, 1.7
+BUILT = ("as planned (built)", "one launch a block (built)", "Triton pairs (built)")
 # Launches a block of the peers: forward and backward.
 EAGER_LAUNCHES, COMPILED_LAUNCHES = 30, 18
 _A = ARCHITECTURES
@@ -153,26 +155,59 @@ def pairs(gpu: Architecture, blocks: list[Block]) -> list[Kernel]:
 
 def fused(gpu: Architecture, blocks: list[Block], batch: int) -> list[Kernel]:
     """Inference by one CUDA C++ launch a block, two where the planner splits hidden channels."""
+    return [
+        kernel
+        for block in blocks
+        for kernel in _launches(gpu, block, batch, cuda_fused.plan_for(_shape(block, batch), _limits(gpu)))
+    ]
+
+
+def planned(gpu: Architecture, blocks: list[Block], batch: int) -> list[Kernel]:
+    """Inference by CUDA C++ as it runs: by a pair of launches where the planner takes one."""
+    return [
+        kernel
+        for block in blocks
+        for kernel in _launches(gpu, block, batch, cuda_fused.choice_for(_shape(block, batch), _limits(gpu)))
+    ]
+
+
+def _launches(
+    gpu: Architecture, block: Block, batch: int, plan: cuda_fused.Plan | cuda_fused.Pair | str
+) -> list[Kernel]:
+    if isinstance(plan, str):
+        raise UserError(f"the block {block} cannot be planned for {gpu.gpu}: {plan}")
     known = json.loads(FUSED.read_text())[gpu.name]["float16"]
     counts = {tile: row["counts"] for tile, row in known.items()}
-    limits = cuda_fused.Gpu(gpu.number, gpu.processors, gpu.shared_per_block, gpu.shared_per_sm)
-    out = []
-    for block in blocks:
-        shape = cuda_fused.Shape(
-            0, batch, block.side, block.side, block.cin, block.hidden, block.cout, block.stride, block.expands,
-            block.residual,
-        )  # fmt: skip
-        plan = cuda_fused.plan_for(shape, limits)
-        if isinstance(plan, str):
-            raise UserError(f"the fused block {block} cannot be planned for {gpu.gpu}: {plan}")
-        e, split = block.elements, plan.splits > 1
-        weights = block.hidden * (block.cout + (block.cin if block.expands else 0) + 9)
-        size = ITEM * (e["X"] + e["O"]) + ITEM * weights / batch
+    shape, e = _shape(block, batch), block.elements
+
+    def kernel(name: str, elements: float, weights: int, instructions: float, blocks: int, launches: int) -> Kernel:
         # The busiest SM has that many times the average; what is left over of a wave keeps others idle.
-        uneven = -(-plan.blocks // gpu.processors) * gpu.processors / plan.blocks
-        instructions = fused_counts.executed(shape, plan, counts) / batch
-        out.append(Kernel(f"{block} fused", size, uneven * instructions, "CUDA C++", 1 + split))
-    return out
+        uneven = -(-blocks // gpu.processors) * gpu.processors / blocks
+        size = ITEM * elements + ITEM * weights / batch
+        return Kernel(f"{block} {name}", size, uneven * instructions / batch, "CUDA C++", launches)
+
+    expand, project = block.hidden * (block.cin if block.expands else 0), block.hidden * block.cout
+    if isinstance(plan, cuda_fused.Pair):
+        first, second = fused_counts.pair_executed(shape, plan, counts)
+        results = e["E2"] + e["O"] + (e["X"] if block.residual else 0)
+        return [
+            kernel("expand+depthwise", e["X"] + e["E2"], expand + 9 * block.hidden, first, plan.front.blocks, 1),
+            kernel("project", results, project, second, plan.product.blocks, 1),
+        ]
+    instructions = fused_counts.executed(shape, plan, counts)
+    weights = expand + 9 * block.hidden + project
+    return [kernel("fused", e["X"] + e["O"], weights, instructions, plan.blocks, 1 + (plan.splits > 1))]
+
+
+def _shape(block: Block, batch: int) -> cuda_fused.Shape:
+    return cuda_fused.Shape(
+        0, batch, block.side, block.side, block.cin, block.hidden, block.cout, block.stride, block.expands,
+        block.residual,
+    )  # fmt: skip
+
+
+def _limits(gpu: Architecture) -> cuda_fused.Gpu:
+    return cuda_fused.Gpu(gpu.number, gpu.processors, gpu.shared_per_block, gpu.shared_per_sm)
 
 
 def peers(blocks: list[Block]) -> dict[str, list[Kernel]]:
@@ -196,8 +231,9 @@ def predict(gpu: Architecture, batch: int) -> dict[str, Any]:
     eager = [Kernel("eager AMP", 1e6 * sum(plan.EAGER), 0, "model")]
     compiled = [Kernel("torch.compile", 1e6 * sum(plan.COMPILED), 0, "model")]
     ways = {
-        "fused block (built)": fused(gpu, blocks, batch),
-        "folded pairs (built)": pairs(gpu, blocks),
+        "as planned (built)": planned(gpu, blocks, batch),
+        "one launch a block (built)": fused(gpu, blocks, batch),
+        "Triton pairs (built)": pairs(gpu, blocks),
         **peers(blocks),
     }
     train = {
@@ -221,7 +257,7 @@ def predict(gpu: Architecture, batch: int) -> dict[str, Any]:
 def misses(gpu: Architecture, batch: int, infer: dict[str, float]) -> list[str]:
     """Where inference is predicted to stay below the design's target, a sentence each."""
     out = []
-    for way in ("fused block (built)", "folded pairs (built)"):
+    for way in BUILT:
         for peer, target in (("BN-folded eager", TARGET_EAGER), ("act-fused", TARGET_ACT_FUSED)):
             ratio = infer[peer] / infer[way]
             if ratio < target:
@@ -261,8 +297,8 @@ def draw(path: Path, gpus: Sequence[Architecture]) -> None:
         axis.plot(roof, [min(_bandwidth(gpu), _issue(gpu) / x) / 1e9 for x in roof], color="black", linewidth=1)
         kinds = {
             "training": training(gpu, blocks),
-            "inference, pairs": pairs(gpu, blocks),
-            "inference, fused": fused(gpu, blocks, 256),
+            "inference, Triton": pairs(gpu, blocks),
+            "inference, CUDA C++": planned(gpu, blocks, 256),
         }
         for (label, kernels), marker in zip(kinds.items(), "o^s", strict=True):
             points = [

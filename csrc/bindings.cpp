@@ -7,11 +7,21 @@
 
 namespace {
 
+using mbv2::cuda::BlockPlan;
 using mbv2::cuda::BlockShape;
 using mbv2::cuda::Element;
 using mbv2::cuda::Gpu;
 using mbv2::cuda::Plan;
+using mbv2::cuda::ProductPlan;
 using mbv2::cuda::Wish;
+
+PyObject* describe(const ProductPlan& plan) {
+    return Py_BuildValue("{s:i,s:L,s:i,s:i,s:d,s:d,s:y#}", "tile", plan.tile, "blocks",
+                         static_cast<long long>(plan.blocks), "threads", plan.threads, "shared_bytes",
+                         plan.shared_bytes, "microseconds", plan.microseconds, "instructions", plan.instructions,
+                         "params", reinterpret_cast<const char*>(&plan.params),
+                         static_cast<Py_ssize_t>(sizeof plan.params));
+}
 
 PyObject* describe(const Plan& plan) {
     const mbv2::cuda::FusedParams& p = plan.params;
@@ -23,6 +33,14 @@ PyObject* describe(const Plan& plan) {
                          plan.shared_bytes, "partial_bytes", static_cast<long long>(plan.partial_bytes), "microseconds",
                          plan.microseconds, "instructions", plan.instructions, "params",
                          reinterpret_cast<const char*>(&p), static_cast<Py_ssize_t>(sizeof p));
+}
+
+PyObject* describe(const BlockPlan& plan) {
+    PyObject* block = describe(plan.block);
+    PyObject* product = plan.cut == mbv2::cuda::Cut::kWhole ? Py_NewRef(Py_None) : describe(plan.product);
+    // "N" takes the references; where one is missing, so is the result.
+    return Py_BuildValue("{s:i,s:N,s:N,s:d}", "cut", static_cast<int>(plan.cut), "block", block, "product", product,
+                         "microseconds", plan.microseconds);
 }
 
 PyObject* plan_block(PyObject*, PyObject* args, PyObject* keywords) {
@@ -45,16 +63,18 @@ PyObject* plan_block(PyObject*, PyObject* args, PyObject* keywords) {
                                   "tile_height",
                                   "tile_width",
                                   "splits",
+                                  "cut",
+                                  "product",
                                   nullptr};
     int element = 0, expands = 0, residual = 0;
     long long images = 0, height = 0, width = 0, inputs = 0, hidden = 0, outputs = 0, stride = 0;
     Gpu gpu = {};
     Wish wish;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "iLLLLLLLppiiii|iiiii", const_cast<char**>(names), &element,
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "iLLLLLLLppiiii|iiiiiii", const_cast<char**>(names), &element,
                                      &images, &height, &width, &inputs, &hidden, &outputs, &stride, &expands, &residual,
                                      &gpu.arch, &gpu.processors, &gpu.shared_per_block, &gpu.shared_per_processor,
-                                     &wish.tile, &wish.tile_images, &wish.tile_height, &wish.tile_width,
-                                     &wish.splits)) {
+                                     &wish.tile, &wish.tile_images, &wish.tile_height, &wish.tile_width, &wish.splits,
+                                     &wish.cut, &wish.product)) {
         return nullptr;
     }
     if (element < 0 || element >= mbv2::cuda::kElements) {
@@ -75,7 +95,7 @@ PyObject* plan_block(PyObject*, PyObject* args, PyObject* keywords) {
         PyErr_SetString(PyExc_ValueError, reason);
         return nullptr;
     }
-    Plan plan;
+    BlockPlan plan;
     if (!mbv2::cuda::plan_block(shape, gpu, wish, &plan)) Py_RETURN_NONE;
     return describe(plan);
 }
@@ -83,7 +103,7 @@ PyObject* plan_block(PyObject*, PyObject* args, PyObject* keywords) {
 PyMethodDef methods[] = {
     {"plan_block", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(plan_block)),
      METH_VARARGS | METH_KEYWORDS,
-     "The plan of a fused block as a dict, None where no tile fits; ValueError where the kernel cannot run the block."},
+     "The plan of a block as a dict, None where no tile fits; ValueError where the kernels cannot run the block."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -27,20 +27,21 @@ H100 = fused.Gpu(90, 132, 227 << 10, 228 << 10)
 RTX4090 = fused.Gpu(89, 128, 99 << 10, 100 << 10)
 GPUS = {"A100": A100, "H100": H100, "RTX 4090": RTX4090}
 _POINTERS = 9
-_launch = fused.launch
+_launch, _launch_product = fused.launch, fused.launch_product
 
 
 @functools.cache
-def module(element: int, tile: int | None) -> Module:
-    """The PTX of one tile's kernel (None: of all), and of the one that adds partial sums.
+def module(element: int, tile: int | None, kind: str = "fused") -> Module:
+    """The PTX of one tile's kernel (None: of all), and of the one that adds partial sums; of kind "product" of all.
 
     It is kept next to ptxcpu's own products, since nvcc takes longer than anything else here.
     """
-    source = SOURCES / f"fused_{NAMES[element]}.cu"
+    source = SOURCES / f"{kind}_{NAMES[element]}.cu"
     known = hashlib.sha256(f"{tile} {_nvcc_version()}".encode())
-    for file in (source, *sorted(SOURCES.glob("fused_*.*h"))):
+    headers = {"fused": ("fused_*.*h",), "product": ("fused_params.h", "fused_tensor.cuh", "product*.*h")}[kind]
+    for file in (source, *sorted(path for name in headers for path in SOURCES.glob(name))):
         known.update(file.read_bytes())
-    kept = cache_dir() / f"fused_{known.hexdigest()[:32]}.ptx"
+    kept = cache_dir() / f"{kind}_{known.hexdigest()[:32]}.ptx"
     if not kept.exists():
         defines = {} if tile is None else {"MBV2_ONLY_TILE": tile}
         write_atomic(kept, compile_ptx(source, 80, defines=defines).encode())
@@ -72,11 +73,40 @@ def emulated_launch(
     stats = compiled.launch(
         f"{name}_{plan.tile}", plan.blocks, plan.threads, [params], plan.shared_bytes, memory=memory, **options
     )
-    if plan.splits > 1:
+    if plan.partial_bytes:
         out = tensors[7]
         assert out is not None
         compiled.launch(f"{name}_sum", -(-out.numel() // 1024), 256, [params], memory=memory)
     return stats
+
+
+def emulated_product(
+    plan: fused.Product, tensors: tuple[Tensor | None, ...], all_tiles: bool = False, **options: Any
+) -> Any:
+    """As `fused.launch_product`, on CPU tensors; returns what ptxcpu counted."""
+    out = tensors[-1]
+    assert out is not None
+    out.fill_(float("nan"))
+    addresses = struct.pack("5Q", *(0 if t is None else t.data_ptr() for t in tensors))
+    params = addresses + plan.params[len(addresses) :]
+    memory = [t for t in tensors if t is not None]
+    name = f"product_{NAMES[plan.element]}_{plan.tile}"
+    return module(plan.element, None if all_tiles else plan.tile, "product").launch(
+        name, plan.blocks, plan.threads, [params], plan.shared_bytes, memory=memory, **options
+    )
+
+
+def launched_product(mode: str, plan: fused.Product, tensors: tuple[Tensor | None, ...], **options: Any) -> Any:
+    """As `launched`, for a pair's second launch."""
+    if mode != "cuda":
+        return emulated_product(plan, tensors, **options)
+    there = tuple(None if t is None else t.cuda() for t in tensors)
+    out, written = tensors[-1], there[-1]
+    assert out is not None and written is not None
+    written.fill_(float("nan"))
+    _launch_product(plan, there)
+    out.copy_(written)
+    return None
 
 
 def launched(mode: str, plan: fused.Plan, tensors: tuple[Tensor | None, ...], **options: Any) -> Any:
@@ -95,7 +125,7 @@ def launched(mode: str, plan: fused.Plan, tensors: tuple[Tensor | None, ...], **
 
 
 @pytest.fixture
-def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[tuple[fused.Plan, Any]]:
+def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
     """The fused stage on CPU tensors; the list gets every plan and what its launch did.
 
     Planned for an A100 and run by ptxcpu, or with --device cuda planned for the GPU and run there.
@@ -103,12 +133,17 @@ def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     mode = request.config.getoption("--device")
     if mode == "cuda" and not torch.cuda.is_available():
         pytest.fail("--device cuda, but torch sees no GPU")
-    launches: list[tuple[fused.Plan, Any]] = []
+    launches: list[tuple[Any, Any]] = []
     limits = fused.gpu_of(torch.device("cuda")) if mode == "cuda" else A100
     options = {} if mode == "cuda" else OPTIONS
     monkeypatch.setattr(fused, "gpu_of", lambda device: limits)
     monkeypatch.setattr(
         fused, "launch", lambda plan, tensors: launches.append((plan, launched(mode, plan, tensors, **options)))
+    )
+    monkeypatch.setattr(
+        fused,
+        "launch_product",
+        lambda plan, tensors: launches.append((plan, launched_product(mode, plan, tensors, **options))),
     )
     return launches
 
@@ -117,9 +152,10 @@ OPTIONS: dict[str, Any] = {"count_sectors": True}
 
 
 def wishing(monkeypatch: pytest.MonkeyPatch, **wish: int) -> None:
-    """Have the planner choose among plans with this tile, tile size or number of splits only."""
-    planner = fused.plan_for
-    monkeypatch.setattr(fused, "plan_for", lambda shape, gpu: planner(shape, gpu, **wish))
+    """Have the planner choose among plans with this cut, tile, tile size or number of splits only; one launch unless
+    the cut is wished."""
+    planner = fused.choice_for
+    monkeypatch.setattr(fused, "choice_for", lambda shape, gpu: planner(shape, gpu, **{"cut": 0} | wish))
 
 
 def block(cin: int, hidden: int, cout: int, dtype: torch.dtype, expands: bool = True) -> tuple[Tensor | None, ...]:

@@ -17,6 +17,8 @@ pytest.importorskip("mbv2._C", reason="the planner is not compiled here")
 NVCC = find_nvcc()
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 slow = pytest.mark.slow
+# Tiles with the depthwise stage, the kernel that adds partial sums, the products.
+KERNELS = len(fused_counts.tiles()) + 1 + len(fused_counts.product_tiles())
 
 
 def test_the_largest_tile_keeps_the_gate() -> None:
@@ -26,11 +28,23 @@ def test_the_largest_tile_keeps_the_gate() -> None:
     assert row["faults"] == [] and row["registers"] <= 128 and row["plans"] > 0 and row["tensor_core"] >= 48
 
 
+def test_a_pairs_kernels_keep_the_gate() -> None:
+    [row] = resources_cuda.rows(torch.float16, ARCHITECTURES[80], NVCC, only_tile=8).values()
+    assert row["faults"] == [] and row["registers"] <= 80 and row["plans"] > 0
+    shapes = resources_cuda.used_by(torch.float16, ARCHITECTURES[80])
+    found = resources_cuda.products(torch.float16, ARCHITECTURES[80], NVCC, shapes)
+    assert len(found) == len(fused_counts.product_tiles()) and sum(row["plans"] for row in found.values()) > 0
+    for name, row in found.items():
+        assert row["faults"] == [] and row["registers"] <= 128, name
+        # A pass over 32 channels: next to its tensor-core instructions copies, operands and the loop.
+        assert row["counts"]["chunk"] <= 2 * row["tensor_core"] + 70, name
+
+
 def test_a_worse_kernel_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(resources_cuda.BUDGET, torch.float16, {4: (5.0, 5.0), 2: (5.0, 5.0)})
     monkeypatch.setattr(resources_cuda, "WARPS_AT_LEAST", 17)
     faults = resources_cuda.rows(torch.float16, ARCHITECTURES[80], NVCC, only_tile=0)["0"]["faults"]
-    assert len(faults) == 3 and "warps an SM" in faults[0] and "the budget is 5.0" in faults[1]
+    assert len(faults) == 3 and "the budget is 5.0" in faults[0] and "warps an SM" in faults[2]
 
 
 @pytest.mark.parametrize(("size", "stride"), [((8, 28), 1), ((15, 28), 2), ((5, 9), 1)], ids=str)
@@ -58,13 +72,40 @@ def test_products_counted_in_machine_code_times_their_runs_are_those_that_run(
     assert fused_counts.executed(shape, plan, {"0": products}) == 32 * stats.mma
 
 
+@pytest.mark.parametrize(("size", "stride"), [((8, 14), 1), ((5, 9), 2)], ids=str)
+def test_a_pairs_products_counted_in_machine_code_times_their_runs_are_those_that_run(
+    size: tuple[int, int],
+    stride: int,
+    emulated: list[tuple[Any, Any]],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def is_product(this: sass.Instruction) -> bool:
+        return this.opcode == "HMMA"
+
+    _, front = resources_cuda.kernels(torch.float16, 80, NVCC, only_tile=8)["8"]
+    _, product = resources_cuda.kernels(torch.float16, 80, NVCC, kind="product")["0"]
+    counts = {
+        "8": fused_counts.counts(front, is_product),
+        "product0": fused_counts.product_counts(product, is_product),
+    }
+    high, wide = ((side - 1) // stride + 1 for side in size)
+    wishing(monkeypatch, cut=1, tile=8, splits=1, tile_height=high, tile_width=wide, product=0)
+    x = activations(2, 24, *size, torch.float16)
+    # 96 hidden channels: a product's steps past the last channel would be counted and not run.
+    fused.inverted_residual_folded(x, *block(24, 96, 16, torch.float16), stride, False)
+    [(plan, stats), (second, its_stats)] = emulated
+    shape = fused.Shape(0, 2, *size, 24, 96, 16, stride, True, False)
+    pair = fused.Pair(plan, second, 0)
+    assert fused_counts.pair_executed(shape, pair, counts) == (32 * stats.mma, 32 * its_stats.mma)
+
+
 def test_the_committed_figures_are_of_the_predicted_gpus_and_without_fault() -> None:
     known = json.loads(resources_cuda.RESULTS.read_text())
     assert all("float16" in known[gpu.name] for gpu in roofline.GPUS)
     assert set(known["sm_80"]) == {str(dtype).removeprefix("torch.") for dtype in resources_cuda.NAMES}
     for arch, types in known.items():
         for name, tiles in types.items():
-            assert len(tiles) == len(fused_counts.tiles()) + 1, (arch, name)
+            assert len(tiles) == KERNELS, (arch, name)
             assert not [(arch, name, tile, row["faults"]) for tile, row in tiles.items() if row["faults"]]
             assert all(row["local_memory"] == 0 for row in tiles.values()), (arch, name)
 
@@ -75,5 +116,5 @@ def test_the_committed_figures_are_of_the_predicted_gpus_and_without_fault() -> 
 )
 def test_every_tile_keeps_the_gate(dtype: torch.dtype, arch: int) -> None:
     found = resources_cuda.rows(dtype, ARCHITECTURES[arch], NVCC)
-    assert len(found) == 8
+    assert len(found) == KERNELS
     assert [f"{tile}: {fault}" for tile, row in found.items() for fault in row["faults"]] == []

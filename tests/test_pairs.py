@@ -1,55 +1,39 @@
-"""Fused block or pairs: the model's arithmetic, and that what it calls best is never slower than all blocks fused."""
+"""The table of pairs: what the planner's choice saves, where, and the instructions of both ways."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bench import pairs, plan
+from bench import fused_counts, pairs, plan
 from bench.occupancy import ARCHITECTURES
+from mbv2.kernels.cuda import fused
 
 pytest.importorskip("mbv2._C", reason="the planner is not compiled here")
 A100 = ARCHITECTURES[80]
-BLOCK = plan.Block(32, 192, 32, 1, 28, True)
 
 
-def test_a_launch_takes_the_longest_of_what_bounds_it() -> None:
-    gpu = replace(A100, processors=10, clock=1e9, bandwidth=1e12 / 0.85)
-    work = pairs.Work()
-    work.add(8, 4, 300, shared=12800, products=1024)
-    assert work.longest == pairs.START + pairs.LONE_WARP * 2 * 300
-    # Of 2 blocks an SM in a full wave each has half of its issue slots: 2400 instructions at 2.4 a clock, twice.
-    assert pairs.microseconds(gpu, work, 20, 2, 0, 0) == pytest.approx(max(2 * 1000, work.longest) / 1e3)
-    # One block more is a wave of its own.
-    assert pairs.microseconds(gpu, work, 21, 2, 0, 0) == pytest.approx((2 * work.longest) / 1e3, rel=0.01)
-    assert pairs.microseconds(gpu, work, 1, 2, 0, dram=1e9) == pytest.approx(1000)
-    assert pairs.microseconds(gpu, work, 1, 2, moved=pairs.L2 * 1e6, dram=0) == pytest.approx(1000)
-
-
-def test_both_pairs_are_weighed_where_a_block_expands() -> None:
-    names = [option.name for option in pairs.options(A100, BLOCK, 8)]
-    assert names == ["fused", "expand+depthwise | project", "expand | depthwise+project"]
-    alone = replace(BLOCK, cin=32, hidden=32, expands=False)
-    assert [option.name for option in pairs.options(A100, alone, 8)] == ["fused"]
-
-
-def test_a_pair_writes_and_reads_the_hidden_tensor_through_dram_and_launches_twice() -> None:
-    batch = 256
-    slow = replace(A100, bandwidth=A100.bandwidth / 100)
-    hidden = pairs.ITEM * BLOCK.elements["E2"] * batch
-    _, pair, _ = pairs.options(slow, BLOCK, batch)
-    assert pair.microseconds > 1e6 * 2 * hidden / slow.bandwidth + pairs.SECOND_LAUNCH
-    # At batch 8 it stays in L2.
-    _, pair, _ = pairs.options(slow, BLOCK, 8)
-    assert pair.microseconds < 1e6 * 2 * hidden / 32 / slow.bandwidth
-
-
-def test_the_best_choice_is_never_slower_and_says_where_it_departs_from_the_fused_block() -> None:
+def test_pairs_save_what_the_two_plans_differ_by_and_say_where() -> None:
     for batch in (1, 64):
-        row = pairs.network(A100, 0.5, 96, batch)
-        assert row["best_us"] <= row["fused_us"] and 0 <= row["saved"] < 1
-        assert bool(row["pairs"]) == (row["best_us"] < row["fused_us"])
+        row = pairs.network(A100, 1.0, 224, batch)
+        saved = sum(pair["saves_us"] for pair in row["pairs"])
+        assert row["planned_us"] == pytest.approx(row["one_launch_us"] - saved, abs=0.02)
+        assert row["saved"] == pytest.approx(saved / row["one_launch_us"], abs=1e-4)
+        assert bool(row["pairs"]) == (batch == 64)
+
+
+def test_a_pairs_instructions_are_those_of_both_launches_machine_code() -> None:
+    row = pairs.network(A100, 1.0, 224, 64)
+    [one] = [pair for pair in row["pairs"] if pair["block"] == 17]
+    block = plan.network()[16]
+    shape, gpu = pairs.shape_of(block, 64), pairs.limits(A100)
+    pair, whole = fused.pair_for(shape, gpu), fused.plan_for(shape, gpu)
+    assert isinstance(pair, fused.Pair) and isinstance(whole, fused.Plan)
+    first, second = fused_counts.pair_executed(shape, pair, pairs.counts(A100))
+    least = block.hidden * block.cout * 49 * 64 / 2048 * 32  # tensor-core instructions of the product alone
+    assert second > least and first > 0
+    alone = fused_counts.executed(shape, whole, pairs.counts(A100))
+    assert one["instructions"] == pytest.approx((first + second) / alone, abs=1e-3)
 
 
 def test_command_prints_the_table_and_writes_every_network(

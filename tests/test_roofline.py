@@ -58,12 +58,26 @@ def test_the_fused_blocks_line_is_of_its_machine_code_and_moves_input_and_output
     assert all(kernel.launches in (1, 2) for kernel in more) and any(kernel.launches == 2 for kernel in more)
 
 
+def test_a_pair_is_two_launches_that_write_and_read_the_hidden_tensor() -> None:
+    blocks = plan.network()
+    gpu = roofline.GPUS[0]
+    one, planned = roofline.fused(gpu, blocks, 64), roofline.planned(gpu, blocks, 64)
+    second = [kernel for kernel in planned if kernel.name.endswith(" project")]
+    assert len(planned) == len(one) + len(second) > len(one)
+    last = blocks[-1]
+    [front] = [kernel for kernel in planned if kernel.name == f"{last} expand+depthwise"]
+    [product] = [kernel for kernel in planned if kernel.name == f"{last} project"]
+    e, weights = last.elements, last.hidden * (last.cin + 9)
+    assert front.bytes == pytest.approx(2 * (e["X"] + e["E2"] + weights / 64))
+    assert product.bytes == pytest.approx(2 * (e["E2"] + e["O"] + last.hidden * last.cout / 64))
+
+
 @pytest.mark.parametrize("gpu", roofline.GPUS, ids=lambda gpu: gpu.gpu)
 def test_every_prediction_says_that_it_is_one_and_names_what_misses_the_target(gpu: object) -> None:
     row = roofline.predict(gpu, 256)
     assert all(key.startswith("predicted_") for key in row if key not in ("gpu", "arch", "batch", "misses"))
     infer = row["predicted_inference_us_per_image"]
-    for way in ("folded pairs (built)", "fused block (built)"):
+    for way in roofline.BUILT:
         ratio = infer["BN-folded eager"] / infer[way]
         assert (ratio < roofline.TARGET_EAGER) == any(way in m and "eager" in m for m in row["misses"])
 

@@ -7,6 +7,8 @@
 //   depthwise  a2 = relu6(a1 * wd + bd)
 //   project    sums += a2 W3^T in registers
 //
+// A tile that does not project writes a2 to memory instead, for product.cuh: the first launch of a pair.
+//
 // expand of the next chunk and project of this one share a barrier, so there are two barriers a chunk. Weights arrive
 // by cp.async one chunk ahead, or during the depthwise phase where shared memory holds them once only. All three
 // products are tensor-core instructions, the depthwise one too: a tap is a diagonal 8x8 matrix, and two taps of 8
@@ -28,6 +30,8 @@ class Block {
     using Tensor = typename Tr::Tensor;
     using Scalar = typename Tr::Scalar;
     static constexpr TileShape kShape = Tr::kShape;
+    static constexpr bool kProjects = kShape.projects();
+    using Sums = float[kShape.tiles_m][kProjects ? kShape.tiles_n : 1][4];
 
  public:
     __device__ __forceinline__ Block(const FusedParams& params, unsigned char* memory)
@@ -37,7 +41,7 @@ class Block {
           thread(threadIdx.x),
           warp(threadIdx.x / 32),
           lane(threadIdx.x % 32),
-          expands(params.w1 != nullptr) {}
+          expands(!kProjects || params.w1 != nullptr) {}
 
     __device__ __forceinline__ void run() {
         const Tile mine(p, Tr::kWalk);
@@ -52,8 +56,8 @@ class Block {
         __syncthreads();
         if (expands) copy_x();
 
-        float sums[kShape.tiles_m][kShape.tiles_n][4];
-        start(sums);
+        Sums sums;
+        if constexpr (kProjects) start(sums);
         // The pass before the first chunk only loads and expands.
 #pragma unroll 1
         for (int c = -1; c < count; ++c) {
@@ -65,15 +69,21 @@ class Block {
             __syncthreads();
             if (!expands && c + 1 < count) copy_a1(next);
             if (p.ahead && c + 1 < count) copy_weights(next, buffer ^ 1, true, c + 2 < count);
-            if (c >= 0) project(here, buffer, sums);
+            if constexpr (kProjects) {
+                if (c >= 0) project(here, buffer, sums);
+            } else {
+                if (c >= 0) store_hidden(here);
+            }
             if (expands && c + 1 < count) expand(next, buffer);
             if (!expands) wait_for_copies();
             __syncthreads();
         }
-        if (p.splits > 1) {
-            store_partial(sums);
-        } else {
-            store(sums);
+        if constexpr (kProjects) {
+            if (p.splits > 1) {
+                store_partial(sums);
+            } else {
+                store(sums);
+            }
         }
     }
 
@@ -165,7 +175,7 @@ class Block {
 
     // Weights of `project` for a chunk, and of `expand` and `depthwise` for the one after it.
     __device__ __forceinline__ void copy_weights(int first_channel, int buffer, bool this_chunk, bool next_chunk) {
-        if (this_chunk) copy_project_weights(first_channel, buffer);
+        if (kProjects && this_chunk) copy_project_weights(first_channel, buffer);
         if (next_chunk && expands) copy_expand_weights(first_channel + Tr::kChunk, buffer);
         if (next_chunk) copy_depthwise_weights(first_channel + Tr::kChunk, buffer);
     }
@@ -267,8 +277,7 @@ class Block {
     __device__ __forceinline__ int first_m() const { return warp / kShape.warps_n * kShape.tiles_m; }
     __device__ __forceinline__ int first_n() const { return warp % kShape.warps_n * kShape.tiles_n; }
 
-    __device__ __forceinline__ void project(int first_channel, int buffer,
-                                            float (&sums)[kShape.tiles_m][kShape.tiles_n][4]);
+    __device__ __forceinline__ void project(int first_channel, int buffer, Sums& sums);
 
     // --- results: fused_results.cuh ----------------------------------------------------------------------------
 
@@ -280,13 +289,12 @@ class Block {
         return units()[row / (16 * Tr::kWalk) * 16 + row % 16];
     }
 
-    __device__ __forceinline__ void start(float (&sums)[kShape.tiles_m][kShape.tiles_n][4]) const;
-    __device__ __forceinline__ void store_partial(const float (&sums)[kShape.tiles_m][kShape.tiles_n][4]);
-    __device__ __forceinline__ void store(const float (&sums)[kShape.tiles_m][kShape.tiles_n][4]);
-    __device__ __forceinline__ void stage_alone(const float (&sums)[kShape.tiles_m][kShape.tiles_n][4],
-                                                unsigned char* stage, int pitch);
-    __device__ __forceinline__ void stage_with_shortcut(const float (&sums)[kShape.tiles_m][kShape.tiles_n][4],
-                                                        unsigned char* stage, int pitch);
+    __device__ __forceinline__ void store_hidden(int first_channel);
+    __device__ __forceinline__ void start(Sums& sums) const;
+    __device__ __forceinline__ void store_partial(const Sums& sums);
+    __device__ __forceinline__ void store(const Sums& sums);
+    __device__ __forceinline__ void stage_alone(const Sums& sums, unsigned char* stage, int pitch);
+    __device__ __forceinline__ void stage_with_shortcut(const Sums& sums, unsigned char* stage, int pitch);
     __device__ __forceinline__ const Scalar* shortcut(const Unit& unit, int walked) const;
     template <class Use>
     __device__ __forceinline__ void each_row(const Use& use);

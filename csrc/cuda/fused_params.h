@@ -11,7 +11,8 @@ inline constexpr int kElements = 3;
 constexpr int element_bytes(Element element) { return element == Element::kFloat ? 4 : 2; }
 
 // Compile-time tiles: index, bytes of a chunk of hidden channels, rows a column of outputs is walked down, warps over
-// outputs and over output channels, 16-row and 8-column tensor-core tiles of a warp, blocks an SM should hold.
+// outputs and over output channels, 16-row and 8-column tensor-core tiles of a warp, blocks an SM should hold. Those
+// without 8-column tiles end with the depthwise stage and leave the projection to a product (product.cuh).
 #define MBV2_FUSED_TILES(X)      \
     X(0, 64, 4, 8, 1, 2, 4, 2)   \
     X(1, 64, 2, 8, 1, 1, 4, 2)   \
@@ -19,7 +20,9 @@ constexpr int element_bytes(Element element) { return element == Element::kFloat
     X(3, 64, 2, 4, 2, 2, 6, 2)   \
     X(4, 128, 2, 4, 2, 1, 10, 2) \
     X(5, 128, 2, 2, 4, 2, 10, 1) \
-    X(6, 64, 2, 2, 4, 2, 14, 1)
+    X(6, 64, 2, 2, 4, 2, 14, 1)  \
+    X(7, 64, 4, 8, 1, 2, 0, 3)   \
+    X(8, 64, 4, 4, 1, 2, 0, 6)
 
 struct TileShape {
     int chunk_bytes;
@@ -33,12 +36,19 @@ struct TileShape {
     constexpr int threads() const { return 32 * warps_m * warps_n; }
     constexpr int outputs() const { return 16 * warps_m * tiles_m; }
     constexpr int channels() const { return 8 * warps_n * tiles_n; }
+    constexpr bool projects() const { return tiles_n > 0; }
 };
 
 #define MBV2_TILE_SHAPE(index, ...) {__VA_ARGS__},
 inline constexpr TileShape kTileShapes[] = {MBV2_FUSED_TILES(MBV2_TILE_SHAPE)};
 #undef MBV2_TILE_SHAPE
 inline constexpr int kTiles = sizeof(kTileShapes) / sizeof(kTileShapes[0]);
+
+constexpr int most_channels() {
+    int most = 0;
+    for (const TileShape& tile : kTileShapes) most = tile.channels() > most ? tile.channels() : most;
+    return most;
+}
 
 // Thread blocks an SM has registers for. Where shared memory (100 KB) holds one of the large tiles anyway, it gets them
 // all; `arch` is 80 for compute capability 8.0.

@@ -5,9 +5,29 @@
 
 namespace mbv2::cuda {
 
+// The depthwise results of a chunk, [positions, hidden] in global memory.
+template <class Tr>
+__device__ __forceinline__ void Block<Tr>::store_hidden(int first_channel) {
+    constexpr int kVectors = kShape.chunk_bytes / 16;
+    Scalar* out = static_cast<Scalar*>(p.out) + first_output() * p.hidden + first_channel;
+#pragma unroll 1
+    for (int i = thread; i < groups() * 16 * kVectors; i += Tr::kThreads) {
+        const int u = i / kVectors, vector = i % kVectors;
+        if (first_channel + vector * Tr::kVector >= p.hidden) continue;
+        const Unit unit = units()[u];
+        const unsigned char* from = smem + p.at_a2 + (u / 16 * 16 * Tr::kWalk + u % 16) * Tr::kPitch + vector * 16;
+        Scalar* to = out + static_cast<int64_t>(unit.out) * p.hidden + vector * Tr::kVector;
+#pragma unroll
+        for (int walked = 0; walked < Tr::kWalk; ++walked, to += p.out_width * p.hidden) {
+            if (walked >= unit.rows) break;
+            *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from + walked * 16 * Tr::kPitch);
+        }
+    }
+}
+
 // The bias of the projection, or nothing where `add_partials` adds it.
 template <class Tr>
-__device__ __forceinline__ void Block<Tr>::start(float (&sums)[kShape.tiles_m][kShape.tiles_n][4]) const {
+__device__ __forceinline__ void Block<Tr>::start(Sums& sums) const {
 #pragma unroll
     for (int j = 0; j < kShape.tiles_n; ++j) {
         const int channel = (first_n() + j) * 8 + lane % 4 * 2;
@@ -23,7 +43,7 @@ __device__ __forceinline__ void Block<Tr>::start(float (&sums)[kShape.tiles_m][k
 
 // Sums of this split's hidden channels; `add_partials` adds them up.
 template <class Tr>
-__device__ __forceinline__ void Block<Tr>::store_partial(const float (&sums)[kShape.tiles_m][kShape.tiles_n][4]) {
+__device__ __forceinline__ void Block<Tr>::store_partial(const Sums& sums) {
     float* out = p.partial + (static_cast<int64_t>(shared_tile().split) * p.out_positions + first_output()) * p.outputs;
     each_row([&](int i, int half, int row, const Unit& unit, int walked) {
         float* to = out + static_cast<int64_t>(unit.out + walked * p.out_width) * p.outputs;
@@ -36,7 +56,7 @@ __device__ __forceinline__ void Block<Tr>::store_partial(const float (&sums)[kSh
 
 // Rows are put together in shared memory, so that global memory is written 16 bytes at a time.
 template <class Tr>
-__device__ __forceinline__ void Block<Tr>::store(const float (&sums)[kShape.tiles_m][kShape.tiles_n][4]) {
+__device__ __forceinline__ void Block<Tr>::store(const Sums& sums) {
     const int pitch = p.outputs * Tr::kBytes + 16;
     unsigned char* stage = smem + p.at_a1;
     if (p.residual) {
@@ -59,8 +79,7 @@ __device__ __forceinline__ void Block<Tr>::store(const float (&sums)[kShape.tile
 }
 
 template <class Tr>
-__device__ __forceinline__ void Block<Tr>::stage_alone(const float (&sums)[kShape.tiles_m][kShape.tiles_n][4],
-                                                       unsigned char* stage, int pitch) {
+__device__ __forceinline__ void Block<Tr>::stage_alone(const Sums& sums, unsigned char* stage, int pitch) {
     each_row([&](int i, int half, int row, const Unit& unit, int walked) {
         unsigned char* to = stage + row * pitch;
         each_pair([&](int j, int channel) {
@@ -71,8 +90,7 @@ __device__ __forceinline__ void Block<Tr>::stage_alone(const float (&sums)[kShap
 }
 
 template <class Tr>
-__device__ __forceinline__ void Block<Tr>::stage_with_shortcut(const float (&sums)[kShape.tiles_m][kShape.tiles_n][4],
-                                                               unsigned char* stage, int pitch) {
+__device__ __forceinline__ void Block<Tr>::stage_with_shortcut(const Sums& sums, unsigned char* stage, int pitch) {
     each_row([&](int i, int half, int row, const Unit& unit, int walked) {
         unsigned char* to = stage + row * pitch;
         const Scalar* from = shortcut(unit, walked);

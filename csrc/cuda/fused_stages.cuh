@@ -162,8 +162,7 @@ __device__ __forceinline__ void Block<Tr>::depthwise_by_multiply_adds(int group,
 }
 
 template <class Tr>
-__device__ __forceinline__ void Block<Tr>::project(int first_channel, int buffer,
-                                                   float (&sums)[kShape.tiles_m][kShape.tiles_n][4]) {
+__device__ __forceinline__ void Block<Tr>::project(int first_channel, int buffer, Sums& sums) {
     const uint32_t a2 = at + p.at_a2 + (first_m() * 16 + (lane & 15)) * Tr::kPitch + (lane >> 4) * 16;
     const uint32_t w3 =
         at + w3_of(buffer) + (first_n() * 8 + (lane & 7) + (lane >> 4) * 8) * Tr::kPitch + (lane >> 3 & 1) * 16;

@@ -2,60 +2,16 @@
 
 #include <algorithm>
 
+#include "plan_cost.h"
+
 namespace mbv2::cuda {
 namespace {
 
-int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return quotient_up(a, b) * b; }
-
-Divisor divisor(int64_t value) {
-    return {static_cast<uint32_t>(value), static_cast<uint32_t>(((int64_t{1} << 32) + value - 1) / value)};
-}
-
-// What a clock of one SM brings.
-struct Rates {
-    double products;  // multiply-adds of tensor cores, 16-bit operands and float32 sums
-    double clock;     // MHz
-    double dram;      // bytes: an SM's share of what the usual GPU of the kind reaches
-};
-
-Rates rates(int arch) {
-    if (arch >= 120) return {256, 2400, 3.7};
-    if (arch >= 100) return {1024, 1850, 24.8};
-    if (arch >= 90) return {1280, 1750, 12.3};
-    if (arch >= 89) return {256, 2500, 2.7};
-    if (arch >= 86) return {256, 1700, 5.7};
-    return {1024, 1410, 8.7};
-}
-
-constexpr double kIssueShare = 0.6;    // of four instructions a clock
-constexpr double kSharedBytes = 128;   // a clock
-constexpr double kL2Bytes = 40;        // a clock and SM
-constexpr double kLoneWarp = 4;        // clocks an instruction takes a warp that is alone in its quarter of an SM
-constexpr double kLatency = 700;       // clocks of a load from L2
-constexpr double kBarrier = 40;        // clocks
-constexpr double kStart = 1200;        // clocks until a thread block's first products
-constexpr double kSecondLaunch = 2.0;  // microseconds of the kernel that adds partial sums
-
-// A thread block's work between two barriers.
-struct Phase {
-    double instructions = 0;  // of all warps
-    double longest = 0;       // of the warp that has most
-    double shared = 0;        // bytes
-    double products = 0;
-
-    void add(int64_t items, int warps, double instructions_each, double shared_each, double products_each) {
-        instructions += items * instructions_each;
-        longest += quotient_up(items, warps) * instructions_each;
-        shared += items * shared_each;
-        products += items * products_each;
-    }
-};
-
 class Planner {
  public:
-    Planner(const BlockShape& shape, const Gpu& gpu, const Wish& wish, Plan* best)
-        : shape_(shape), gpu_(gpu), wish_(wish), best_(best), bytes_(element_bytes(shape.element)) {}
+    // dram: bytes that the launch moves.
+    Planner(const BlockShape& shape, const Gpu& gpu, const Wish& wish, double dram, Plan* best)
+        : shape_(shape), gpu_(gpu), wish_(wish), best_(best), bytes_(element_bytes(shape.element)), dram_(dram) {}
 
     bool run() {
         for (int tile = 0; tile < kTiles; ++tile) {
@@ -82,7 +38,7 @@ class Planner {
 
     void try_tile(int index) {
         const TileShape& tile = kTileShapes[index];
-        if (tile.channels() < shape_.outputs) return;
+        if (tile.projects() != (shape_.outputs > 0) || tile.channels() < shape_.outputs) return;
         const int64_t units = tile.outputs() / tile.walk;
         for (int64_t width : sizes(out_width(), units, wish_.tile_width)) {
             const int64_t most = units / width * tile.walk;
@@ -114,11 +70,12 @@ class Planner {
             p.splits = static_cast<int32_t>(quotient_up(chunks, each));
             p.chunks = static_cast<int32_t>(each);
             if (wish_.splits > 0 && wish_.splits != p.splits) continue;
-            // Partial sums pay only while tiles alone leave SMs idle.
-            if (wish_.splits < 0 && p.splits > 1 && tiles * (p.splits - 1) >= 2 * gpu_.processors) break;
+            // Partial sums pay only while tiles alone leave SMs idle; without a projection there are none.
+            if (wish_.splits < 0 && shape_.outputs > 0 && p.splits > 1 && tiles * (p.splits - 1) >= 2 * gpu_.processors)
+                break;
             plan.blocks = tiles * p.splits;
             if (plan.blocks > INT32_MAX) continue;
-            plan.partial_bytes = p.splits > 1 ? p.splits * p.out_positions * p.outputs * 4 : 0;
+            plan.partial_bytes = shape_.outputs > 0 && p.splits > 1 ? p.splits * p.out_positions * p.outputs * 4 : 0;
             estimate(plan);
             if (!found_ || better(plan, *best_)) *best_ = plan, found_ = true;
         }
@@ -145,7 +102,7 @@ class Planner {
         p.tile_height = static_cast<int32_t>(tile_height), p.tile_width = static_cast<int32_t>(tile_width);
         p.tiles_down = static_cast<int32_t>(quotient_up(out_height(), tile_height));
         p.tiles_across = static_cast<int32_t>(quotient_up(out_width(), tile_width));
-        p.x_vectors = divisor(row / 16), p.out_vectors = divisor(shape_.outputs * bytes_ / 16);
+        p.x_vectors = divisor(row / 16), p.out_vectors = divisor(std::max<int64_t>(shape_.outputs * bytes_ / 16, 1));
 
         const int64_t padded = round_up(positions, 32);
         const int64_t x_bytes = shape_.expands ? padded * (row + 16) : 0;
@@ -191,7 +148,9 @@ class Planner {
         const int64_t positions = positions_of(p.tile_images, p.tile_height, p.tile_width);
         const int64_t groups = quotient_up(p.tile_images * quotient_up(p.tile_height, tile.walk) * p.tile_width, 16);
         // Of an 8-column tensor-core tile and 32 bytes of channels: instructions and multiply-adds of 16-bit speed.
-        const double mma = packed ? 1 : 3, work = packed ? 2048 : 6144, split = packed ? 0 : 12;
+        const double mma = packed ? 1 : 3, work = packed ? 2048 : 6144;
+        // Of an operand that becomes two of tf32, where it is loaded.
+        const double split = packed ? 0 : 28, split_project = packed ? 0 : 15;
 
         Phase walk, multiply;
         const int64_t rows = tile.walk * shape_.stride + 3 - shape_.stride;
@@ -209,8 +168,12 @@ class Planner {
         }
         const int64_t across = std::min<int64_t>(tile.tiles_n, quotient_up(shape_.outputs, 8));
         const double left = tile.tiles_m + across / 2.0;
-        multiply.add(warps, warps, 30 + 1.8 * steps * (left * (1 + split) + tile.tiles_m * across * mma),
-                     steps * left * 512, steps * tile.tiles_m * across * work);
+        if (tile.projects()) {
+            multiply.add(warps, warps, 30 + 1.8 * steps * (left * (1 + split_project) + tile.tiles_m * across * mma),
+                         steps * left * 512, steps * tile.tiles_m * across * work);
+        } else {
+            multiply.add(quotient_up(groups * tile.chunk_bytes, 32), warps, 10 + 11 * tile.walk, 512 * tile.walk, 0);
+        }
         // The loop over chunks itself, and starting the copies of weights.
         multiply.add(warps, warps, 140, 0, 0);
         const double chunk = double(tile.chunk_bytes) / bytes_;
@@ -222,14 +185,15 @@ class Planner {
         const double chunks = p.chunks, items = bytes_;
         const double outputs = double(p.tile_images) * p.tile_height * p.tile_width;
         const double weights = chunks * chunk * (p.outputs + (shape_.expands ? p.inputs : 0)) * items;
-        const double moved = weights + (double(positions) * p.inputs + outputs * p.outputs) * items;
+        const double results = tile.projects() ? p.outputs : chunks * chunk;
+        const double moved = weights + (double(positions) * p.inputs + outputs * results) * items;
         const Rates rate = rates(gpu_.arch);
         // Once: tables, the input tile, the results by pairs in registers and by 16 bytes in shared memory.
         double instructions =
             warps * (330.0 + tile.tiles_m * across * 2 * (shape_.residual ? 18 : 8)) +
             (groups * 16 * 96.0 + positions * 77.0) / 32 +
             (shape_.expands ? positions * p.x_vectors.value : positions * steps * 2 * chunks) * 37.0 / 32 +
-            outputs * p.out_vectors.value * 44 / 32;
+            (tile.projects() ? outputs * p.out_vectors.value * 44 / 32 : 0);
         double longest = kStart, shared = 0, products = 0;
         for (const Phase& phase : {walk, multiply}) {
             instructions += chunks * phase.instructions;
@@ -243,21 +207,11 @@ class Planner {
             1, std::min(resident_blocks(plan.tile, gpu_.arch), gpu_.shared_per_processor / (plan.shared_bytes + 1024)));
         const double throughput = std::max(
             {instructions / (4 * kIssueShare), shared / kSharedBytes, products / rate.products, moved / kL2Bytes});
-        const double full = std::max(throughput * resident, longest);
-        const int64_t slots = int64_t{gpu_.processors} * resident, waves = plan.blocks / slots;
-        const int64_t rest = plan.blocks - waves * slots;
-        // Of the last wave, only as many blocks share an SM as there are.
-        const double last = rest == 0 ? 0 : std::max(throughput * quotient_up(rest, gpu_.processors), longest);
-        plan.busy = (waves * full + last) / rate.clock;
-        if (p.splits > 1) {
+        plan.busy = clocks(throughput, longest, plan.blocks, resident, gpu_.processors) / rate.clock;
+        if (plan.partial_bytes > 0) {
             plan.busy += kSecondLaunch + 2.0 * plan.partial_bytes / (kL2Bytes * gpu_.processors) / rate.clock;
         }
-        // Tensors once each, as halos and weights of other thread blocks come from L2.
-        const double tensors =
-            double(p.images) *
-                (double(p.height) * p.width * p.inputs + double(p.out_height) * p.out_width * p.outputs) * items +
-            double(p.hidden) * (p.outputs + (shape_.expands ? p.inputs : 0)) * items;
-        plan.microseconds = std::max(plan.busy, tensors / (rate.dram * gpu_.processors) / rate.clock);
+        plan.microseconds = std::max(plan.busy, dram_ / (rate.dram * gpu_.processors) / rate.clock);
     }
 
     const BlockShape& shape_;
@@ -265,6 +219,7 @@ class Planner {
     const Wish& wish_;
     Plan* best_;
     const int bytes_;
+    const double dram_;
     bool found_ = false;
 };
 
@@ -276,7 +231,7 @@ const char* refusal(const BlockShape& s, const Gpu& gpu) {
     if (s.images < 1 || s.height < 1 || s.width < 1) return "there are no pixels";
     if (s.inputs < 8 || s.hidden < 8 || s.outputs < 8) return "a convolution has fewer than 8 channels";
     if (s.inputs % 8 || s.hidden % 8 || s.outputs % 8) return "channels are not multiples of 8";
-    if (s.outputs > kTileShapes[kTiles - 1].channels()) return "the projection has too many channels";
+    if (s.outputs > most_channels()) return "the projection has too many channels";
     if (!s.expands && s.inputs != s.hidden) return "without expansion, inputs and hidden channels are the same";
     if (s.residual && (s.stride != 1 || s.inputs != s.outputs)) return "the shortcut needs stride 1 and equal channels";
     if (s.images > INT32_MAX || s.height > 1 << 20 || s.width > 1 << 20 || s.inputs > 1 << 14 || s.hidden > 1 << 20)
@@ -286,8 +241,8 @@ const char* refusal(const BlockShape& s, const Gpu& gpu) {
     return nullptr;
 }
 
-bool plan_block(const BlockShape& shape, const Gpu& gpu, const Wish& wish, Plan* best) {
-    return refusal(shape, gpu) == nullptr && Planner(shape, gpu, wish, best).run();
+bool plan_launch(const BlockShape& shape, const Gpu& gpu, const Wish& wish, double dram, Plan* best) {
+    return Planner(shape, gpu, wish, dram, best).run();
 }
 
 }  // namespace mbv2::cuda

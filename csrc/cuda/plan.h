@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "fused_params.h"
+#include "product_params.h"
 
 namespace mbv2::cuda {
 
@@ -23,15 +23,22 @@ struct Gpu {
     int shared_per_processor;
 };
 
-// Limits a choice; -1: the planner's own.
+// How a block becomes launches: one, or a pair of which the first expands and applies the depthwise convolution and the
+// second projects.
+enum class Cut : int32_t { kWhole = 0, kPair = 1 };
+
+// Limits a choice; -1: the planner's own. Tile and splits are those of the launch that has the depthwise stage.
 struct Wish {
     int tile = -1;
     int tile_images = -1;
     int tile_height = -1;
     int tile_width = -1;
     int splits = -1;
+    int cut = -1;
+    int product = -1;
 };
 
+// The launch of a whole block, or a pair's first.
 struct Plan {
     int tile;            // index into kTileShapes
     FusedParams params;  // all but the pointers
@@ -44,10 +51,35 @@ struct Plan {
     double instructions;    // of all threads, without those of the kernel that adds partial sums
 };
 
-// Why the kernel cannot run this block, or null.
+// A pair's second launch.
+struct ProductPlan {
+    int tile;              // index into kProductTiles
+    ProductParams params;  // all but the pointers
+    int64_t blocks;
+    int threads;
+    int shared_bytes;
+    double microseconds;
+    double instructions;
+};
+
+struct BlockPlan {
+    Cut cut;
+    Plan block;
+    ProductPlan product;  // nothing where the cut is kWhole
+    double microseconds;
+};
+
+// Why the kernels cannot run this block, or null.
 const char* refusal(const BlockShape& shape, const Gpu& gpu);
 
 // The plan with the least estimated time. Returns false where none fits the wish or the shared memory.
-bool plan_block(const BlockShape& shape, const Gpu& gpu, const Wish& wish, Plan* best);
+bool plan_block(const BlockShape& shape, const Gpu& gpu, const Wish& wish, BlockPlan* best);
+
+// Of one launch with the depthwise stage, `outputs` 0: without the projection; dram: bytes it moves.
+bool plan_launch(const BlockShape& shape, const Gpu& gpu, const Wish& wish, double dram, Plan* best);
+
+// Of a 1x1 convolution of `rows` positions.
+bool plan_product(Element element, int64_t rows, int64_t inner, int64_t columns, const Gpu& gpu, const Wish& wish,
+                  double dram, ProductPlan* best);
 
 }  // namespace mbv2::cuda

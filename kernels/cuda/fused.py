@@ -1,11 +1,13 @@
-"""A whole inverted residual block for inference in one launch: what csrc/cuda/fused_block.cuh computes.
+"""A whole inverted residual block for inference in one launch, or in two: csrc/cuda/fused_block.cuh, product.cuh.
 
-The hidden activations never leave the SM. A planner in C++ (csrc/cuda/plan.cpp, through `mbv2._C`) cuts the work by the
-block's shape and the GPU's limits; `mbv2._cuda` launches it. What the kernel cannot take falls to the next backend.
+In one launch the hidden activations never leave the SM; a pair writes the depthwise results to memory and projects them
+in a second launch. A planner in C++ (csrc/cuda/plan*.cpp, through `mbv2._C`) chooses and cuts the work by the block's
+shape and the GPU's limits; `mbv2._cuda` launches it. What the kernels cannot take falls to the next backend.
 """
 
 import functools
 import importlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +43,7 @@ class Shape(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How a launch is cut.
+    """How a launch is cut that makes a whole block, or a pair's expand and depthwise.
 
     Attributes:
         element: index of the activations' type in `ELEMENTS`.
@@ -72,6 +74,39 @@ class Plan(NamedTuple):
     params: bytes
 
 
+class Product(NamedTuple):
+    """How the launch is cut that projects a pair's hidden tensor.
+
+    Attributes:
+        element: index of the activations' type in `ELEMENTS`.
+        tile: index of the compiled tile shape (MBV2_PRODUCT_TILES in csrc/cuda/product_params.h).
+        blocks, threads, shared_bytes, microseconds, instructions, params: as those of `Plan`.
+    """
+
+    element: int
+    tile: int
+    blocks: int
+    threads: int
+    shared_bytes: int
+    microseconds: float
+    instructions: float
+    params: bytes
+
+
+class Pair(NamedTuple):
+    """Two launches for a block, with the depthwise results in memory between them.
+
+    Attributes:
+        front: expand and depthwise.
+        product: project.
+        microseconds: the planner's estimate for both.
+    """
+
+    front: Plan
+    product: Product
+    microseconds: float
+
+
 def inverted_residual_folded(
     x: Tensor,
     w1: Tensor | None,
@@ -85,18 +120,31 @@ def inverted_residual_folded(
 ) -> Tensor:
     """See `mbv2.kernels.aten.inverted_residual_folded`.
 
-    One launch, two where the planner splits the hidden channels. float16 and bfloat16 on tensor cores with float32
-    sums; float32 as three products of tf32 each, whose error is float32's. Channels must be multiples of 8, at most
-    448 of the projection; anything else runs through the next backend.
+    One launch, two where the planner splits the hidden channels or takes a pair. float16 and bfloat16 on tensor cores
+    with float32 sums; float32 as three products of tf32 each, whose error is float32's. Channels must be multiples of
+    8, at most 448 of the projection; anything else runs through the next backend.
     """
-    n, _, h, w = x.shape
     weights = [None if t is None else t.contiguous() for t in (w1, wd, w3, b1, bd, b3)]
-    plan = plan_for(shape_of(x, w1, wd, w3, stride, residual), gpu_of(x.device))
-    if not isinstance(plan, Plan) or any(t is not None and t.data_ptr() % 16 for t in (x, *weights)):
+    plan = choice_for(shape_of(x, w1, wd, w3, stride, residual), gpu_of(x.device))
+    if isinstance(plan, str) or any(t is not None and t.data_ptr() % 16 for t in (x, *weights)):
         from mbv2.kernels.cuda.stages import next_best
 
         return next_best().inverted_residual_folded(x, w1, b1, wd, bd, w3, b3, stride, residual)
-    out = new_channels_last(x, (n, w3.shape[0], (h - 1) // stride + 1, (w - 1) // stride + 1))
+    return run(plan, x, weights, stride, residual)
+
+
+def run(plan: Plan | Pair, x: Tensor, weights: Sequence[Tensor | None], stride: int, residual: bool) -> Tensor:
+    """The block as planned; weights: w1, wd, w3, b1, bd, b3, contiguous and 16-byte aligned as x is."""
+    w1, wd, w3, b1, bd, b3 = weights
+    assert wd is not None and w3 is not None
+    n, _, h, w = x.shape
+    size = (h - 1) // stride + 1, (w - 1) // stride + 1
+    out = new_channels_last(x, (n, w3.shape[0], *size))
+    if isinstance(plan, Pair):
+        hidden = new_channels_last(x, (n, wd.shape[0], *size))
+        launch(plan.front, (x, w1, wd, None, b1, bd, None, hidden, None))
+        launch_product(plan.product, (hidden, w3, b3, x if residual else None, out))
+        return out
     partial = x.new_empty(plan.partial_bytes // 4, dtype=torch.float32) if plan.partial_bytes else None
     launch(plan, (x, *weights, out, partial))
     return out
@@ -109,13 +157,14 @@ def shape_of(x: Tensor, w1: Tensor | None, wd: Tensor, w3: Tensor, stride: int, 
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_for(shape: Shape, gpu: Gpu, **wish: int) -> Plan | str:
+def choice_for(shape: Shape, gpu: Gpu, **wish: int) -> Plan | Pair | str:
     """The planner's choice for a block, or why there is none.
 
     Args:
         shape: of the block.
         gpu: it runs on.
-        wish: tile, tile_images, tile_height, tile_width or splits, where the choice is not the planner's.
+        wish: cut (0: one launch, 1: a pair), tile, tile_images, tile_height, tile_width, splits, product (a pair's tile
+            of its second launch), where the choice is not the planner's.
     """
     planner: Any = importlib.import_module("mbv2._C")
     try:
@@ -123,8 +172,27 @@ def plan_for(shape: Shape, gpu: Gpu, **wish: int) -> Plan | str:
     except ValueError as error:
         return str(error)
     if found is None:
-        return "no tile fits the GPU's shared memory"
-    return Plan(shape.element, *(found[name] for name in Plan._fields[1:]))
+        pair = wish.get("cut") == 1 and not shape.expands
+        return "a block without expansion is one launch" if pair else "no tile fits the GPU's shared memory"
+    block = Plan(shape.element, *(found["block"][name] for name in Plan._fields[1:]))
+    if found["product"] is None:
+        return block
+    product = Product(shape.element, *(found["product"][name] for name in Product._fields[1:]))
+    return Pair(block, product, found["microseconds"])
+
+
+def plan_for(shape: Shape, gpu: Gpu, **wish: int) -> Plan | str:
+    """The best plan in one launch, or why there is none; arguments as those of `choice_for`, without `cut`."""
+    found = choice_for(shape, gpu, cut=0, **wish)
+    assert not isinstance(found, Pair)
+    return found
+
+
+def pair_for(shape: Shape, gpu: Gpu, **wish: int) -> Pair | str:
+    """The best pair, or why there is none; arguments as those of `choice_for`, without `cut`."""
+    found = choice_for(shape, gpu, cut=1, **wish)
+    assert not isinstance(found, Plan)
+    return found
 
 
 @functools.cache
@@ -145,3 +213,11 @@ def launch(plan: Plan, tensors: tuple[Tensor | None, ...]) -> None:
     stream = torch.cuda.current_stream(tensors[0].device).cuda_stream
     addresses = tuple(0 if t is None else t.data_ptr() for t in tensors)
     compiled.launch_block(plan.element, plan.tile, plan.blocks, plan.shared_bytes, plan.params, stream, addresses)
+
+
+def launch_product(plan: Product, tensors: tuple[Tensor | None, ...]) -> None:
+    """Put a pair's second launch on the current stream; tensors: x, w, bias, shortcut, out."""
+    compiled: Any = importlib.import_module("mbv2._cuda")
+    stream = torch.cuda.current_stream(tensors[0].device).cuda_stream
+    addresses = tuple(0 if t is None else t.data_ptr() for t in tensors)
+    compiled.launch_product(plan.element, plan.tile, plan.blocks, plan.shared_bytes, plan.params, stream, addresses)

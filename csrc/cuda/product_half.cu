@@ -1,0 +1,3 @@
+#define MBV2_TENSOR HalfTensor
+#define MBV2_TYPE half
+#include "product_kernels.cuh"
