@@ -54,6 +54,6 @@ def depthwise_backward(
 
 
 def _takes(stage: str, x: Tensor, stride: int) -> bool:
-    if own.refusal(x, backward=stage.endswith("backward")) is not None:
+    if own.refusal(x) is not None:
         return False
     return chosen(torch.cuda.get_device_capability(x.device), stage, x.dtype.itemsize, stride)
