@@ -4,8 +4,10 @@
     python -m bench.gpu_static check     compile again; exit status 1 if a kernel breaks a rule or the table is another
 
 Compiled is every kernel for every architecture. Instructions are counted as for Triton's: through the loops of a launch
-at batch 128, all threads, both sides of every branch, per element of the largest tensor. A kernel is chosen where it
-needs fewer than Triton's for the same stage, stride and size of a value, as listed in results/resources.json.
+at batch 128, all threads, both sides of every branch, per element of the largest tensor. A kernel is chosen over
+Triton's for the same stage, stride and size of a value (results/resources.json) where the roofline of memory and
+instructions predicts less time; or the same time, fewer instructions, and that the tensor cores keep up with memory.
+How fast tensor cores are at products of this kind nobody has measured, so they decide in the second case only.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import sass
-from bench.occupancy import ARCHITECTURES, Architecture, warps_per_sm
+from bench.occupancy import ARCHITECTURES, DRAM_SHARE, ISSUE_SHARE, TENSOR_SHARE, Architecture, warps_per_sm
 from mbv2.errors import UserError
 from mbv2.files import write_atomic
 from mbv2.kernels.cuda.depthwise import cut
@@ -35,12 +37,16 @@ SHAPES = {1: (144, 56), 2: (96, 112)}
 ENOUGH_WARPS = 8
 SLACK = 1.1
 _KERNEL = re.compile(r"mbv2_(depthwise(?:_backward)?)_(float16|bfloat16|float32)_s([12])_(bn|x)")
-# By whether it is float32, backward, and stride: rows that one pass of the main loop covers (kPeriod in the sources), and
-# rows that the loop walks on top of those of a strip (of outputs, of their gradient).
+# By whether it is float32, backward, and stride: rows that one pass of the main loop covers (kPeriod in the sources),
+# and rows that the loop walks on top of those of a strip (of outputs, of their gradient).
 _LOOPS = {
     (False, False, 1): (3, 2), (False, False, 2): (2, 1), (False, True, 1): (4, 2), (False, True, 2): (4, 1),
     (True, False, 1): (3, 2), (True, False, 2): (2, 1), (True, True, 1): (3, 2), (True, True, 2): (2, 1),
 }  # fmt: skip
+# Multiply-adds of a warp's instruction.
+_TENSOR_FMA = {
+    f"HMMA.{shape}.F32{kind}": fma for shape, fma in (("16816", 2048), ("1688", 1024)) for kind in ("", ".BF16")
+}
 # At most so often run the loops at the end of a block, which add up parts, and loops inside them.
 _ENDS, _ENDS_INSIDE = 2, 32
 _SHARED = re.compile(r"\.global \.align 4 \.u32 (\w+)_shared_bytes(?: = (\d+))?;")
@@ -62,17 +68,33 @@ def rows(arch: Architecture) -> dict[str, Row]:
 
 
 def choice(static: dict[str, dict[str, Row]], budget: dict[str, Any]) -> dict[str, dict[str, bool]]:
-    """By architecture and "stage bytes stride": does CUDA C++ issue fewer instructions than Triton?"""
+    """By architecture and "stage bytes stride": is CUDA C++ chosen over Triton?"""
     table: dict[str, dict[str, bool]] = {}
     for arch, kernels in static.items():
         for name, row in kernels.items():
             stage, kind, stride, before = _KERNEL.fullmatch(name).groups()
             if kind == "bfloat16" or before == "x":
                 continue
+            itemsize = 4 if kind == "float32" else 2
             theirs = triton_instructions(budget, arch, kind, stage, int(stride))
-            wins = not row["faults"] and theirs is not None and row["instructions_per_element"] < theirs
-            table.setdefault(arch, {})[f"{stage} {4 if kind == 'float32' else 2} s{stride}"] = wins
+            wins = (
+                not row["faults"] and theirs is not None and _is_faster(arch, row, theirs, stage, itemsize, int(stride))
+            )
+            table.setdefault(arch, {})[f"{stage} {itemsize} s{stride}"] = wins
     return table
+
+
+def _is_faster(name: str, row: Row, theirs: float, stage: str, itemsize: int, stride: int) -> bool:
+    """See this module's text."""
+    gpu = ARCHITECTURES[int(name.removeprefix("sm_"))]
+    tensors = 2 if stage.endswith("backward") else 1
+    memory = itemsize * tensors * (1 + 1 / stride**2) / (gpu.bandwidth * DRAM_SHARE)
+    rate = gpu.issue_per_second * ISSUE_SHARE
+    own, other = (max(memory, count / rate) for count in (row["instructions_per_element"], theirs))
+    if own == other:
+        products = row["tensor_fma_per_element"] / (gpu.tensor_fma * gpu.mma_sync_share * TENSOR_SHARE)
+        return row["instructions_per_element"] < theirs and products <= memory
+    return own < other
 
 
 def triton_instructions(budget: dict[str, Any], arch: str, kind: str, stage: str, stride: int) -> float | None:
@@ -91,7 +113,7 @@ def triton_instructions(budget: dict[str, Any], arch: str, kind: str, stage: str
 def _row(name: str, code: sass.Code, shared: int, arch: Architecture) -> Row:
     stage, kind, stride, _ = _KERNEL.fullmatch(name).groups()
     warps = warps_per_sm(arch, 4, code.registers, shared)
-    instructions = _instructions(code, stage, 4 if kind == "float32" else 2, int(stride))
+    instructions, products = _per_element(code, stage, 4 if kind == "float32" else 2, int(stride))
     spills = code.count(*sass.SPILLING)
     faults = []
     if spills or code.stack_bytes:
@@ -108,26 +130,29 @@ def _row(name: str, code: sass.Code, shared: int, arch: Architecture) -> Row:
         "warps_per_sm": warps,
         "instructions_per_element": round(instructions, 2),
         "tensor_core": code.count(*sass.TENSOR_CORE),
+        "tensor_fma_per_element": round(products, 1),
         "faults": faults,
     }
 
 
-def _instructions(code: sass.Code, stage: str, itemsize: int, stride: int) -> float:
-    """Instructions of all threads of a launch, per element of the convolution's input."""
+def _per_element(code: sass.Code, stage: str, itemsize: int, stride: int) -> tuple[float, float]:
+    """Instructions of all threads of a launch, and multiply-adds of the tensor cores, per element of the input."""
     c, side = SHAPES[stride]
     backward = stage.endswith("backward")
     plan = cut(BATCH, c, side, side, stride, itemsize, backward)
-    straight, own = code.own_instructions()
     main = max((loop for loop in code.loops if loop.depth == 0), key=lambda loop: len(loop.body))
-    total = float(straight)
     period, more = _LOOPS[itemsize == 4, backward, stride]
-    for loop, count in zip(code.loops, own, strict=True):
-        if loop.body <= main.body:
-            total += count * (plan.rows + more) / period
-        else:
-            total += count * (_ENDS_INSIDE if loop.depth else _ENDS)
+    times = [1.0] * len(code.instructions)
+    for loop in code.loops:  # inner ones come later
+        inside = (plan.rows + more) / period if loop.body <= main.body else _ENDS_INSIDE if loop.depth else _ENDS
+        for i in loop.body:
+            times[i] = inside
+    products = sum(
+        often * _TENSOR_FMA.get(this.full_opcode, 0) for this, often in zip(code.instructions, times, strict=True)
+    )
     blocks = plan.parts(BATCH) * -(-c // 16)
-    return total * 128 * blocks / (BATCH * c * side * side)
+    elements = BATCH * c * side * side
+    return sum(times) * 128 * blocks / elements, products * 4 * blocks / elements
 
 
 def _kernels(source: Path, arch: Architecture) -> Iterator[tuple[str, sass.Code, int]]:

@@ -28,7 +28,7 @@ SHAPES = ((3, 24, 10, 9), (1, 24, 1, 1), (1, 16, 5, 150), (5, 40, 7, 7), (2, 8, 
 
 @pytest.fixture
 def arch() -> int:
-    """The architecture that PTX is made for; from sm_90 on the kernels store matrices with an instruction of its own."""
+    """The architecture that PTX is made for; from sm_90 on the kernels store matrices with one instruction."""
     return 80
 
 

@@ -36,7 +36,7 @@ struct Backward {
     // Tables of the set-up lie where dz1 leaves later.
     static constexpr int kFrom = kLeaving, kTo = kFrom + 4 * kPixels, kFirst = kTo + 4 * kPixels,
                          kOut = kFirst + 4 * kPixels, kSecond = kOut + 4 * kPixels, kConstants = kSecond + 4 * kPixels;
-    static_assert(kConstants + 32 <= kSharedBytes);
+    static_assert(kConstants + 16 <= kSharedBytes);
     static constexpr int kProducts = 6;  // of the weight's gradient, of half of the channels
     static_assert(kWarps * 11 * kSlab * 4 <= kDz2, "the partial sums fit over the ring");
 };
@@ -46,11 +46,11 @@ __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams
     using B = Backward<kStride>;
     extern __shared__ uint4 shared[];
     const Place at(p.cut, p.n, p.c, p.ho);
-    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+    const int tid = threadIdx.x, lane = tid & 31, warp = __shfl_sync(~0u, tid >> 5, 0);
     const int channel0 = at.slab * kSlab, channels = p.c - channel0;
     const unsigned columns = p.cut.columns, wide = columns + (kStride == 1 ? 2 : 1);
     const uint32_t ring = shared_address(shared), mine = ring + warp * B::kTileBytes;
-    const bool need_input = p.dz1 != nullptr, need_weight = p.dweight != nullptr;
+    const bool need_input = kept(uint32_t{p.dz1 != nullptr}), need_weight = kept(uint32_t{p.dweight != nullptr});
     const int rows = at.bottom - at.top, above = kStride == 1 ? at.top - 1 : at.top;
 
     // --- where things are: thread i looks it up for pixel i of dy2 and for position i ---
@@ -77,12 +77,9 @@ __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams
         if (tid < B::kRing * 6)
             store_shared16(ring + tid / 6 * B::kRowBytes + B::kZero * kPixelBytes + tid % 6 * 16, uint4{});
     }
-    if (tid == 0) {
-        store_shared16(ring + B::kConstants, make_uint4(T::kOnes, T::kOnes, T::kOnes, T::kOnes));
-        store_shared16(ring + B::kConstants + 16, make_uint4(2, 2, 2, 2));
-    }
+    if (tid == 0) store_shared16(ring + B::kConstants, make_uint4(T::kOnes, T::kOnes, T::kOnes, T::kOnes));
     __syncthreads();
-    const uint4 ones = load_shared16(ring + B::kConstants), twos = load_shared16(ring + B::kConstants + 16);
+    const uint4 ones = load_shared16(ring + B::kConstants);
     const int half = lane & 1;  // of the pixel lane / 2 of a tile: what a lane copies and stores
     const bool has_half = 8 * half < channels;
     const unsigned first_row = above < 0 ? 1 : 0;  // of dy2's rows, the image's
@@ -159,8 +156,8 @@ __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams
     }
 
     // --- copies of a row of dz2 and y2, and of the row of y1 that waits for it ---
-    const uint32_t dy_row = kept(static_cast<uint32_t>(p.wo * p.c)), y1_row = kept(static_cast<uint32_t>(p.w * p.c));
-    const uint64_t y1_below = uint64_t{2} * p.w * p.c, y1_beside = uint64_t{2} * p.c;
+    const uint64_t dy_bytes = uint64_t{2} * p.wo * p.c, y1_bytes = uint64_t{2} * p.w * p.c,
+                   y1_beside = uint64_t{2} * p.c;
     const uint32_t copy_to = kept(mine + place(lane >> 1, half));
     const bool read = need_weight || kNormalise;
     const auto copy = [&](int row, int slot) {
@@ -171,8 +168,8 @@ __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams
             const bool wanted = row - first_row < dy_copies[t];
             copy_async_if(wanted, to + B::kDz2, dz2_from[t]);
             copy_async_if(wanted, to + B::kY2, y2_from[t]);
-            walk(dz2_from[t], dy_row, t ? twos.x : twos.y);
-            walk(y2_from[t], dy_row, t ? twos.z : twos.w);
+            dz2_from[t] += dy_bytes;
+            y2_from[t] += dy_bytes;
         }
         if (y1_at >= 0) {
 #pragma unroll
@@ -182,9 +179,9 @@ __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams
                     const uint32_t to = copy_to + B::kY1 + (slot * B::kQuad + k) * B::kRawBytes + t * B::kNextTile;
                     const unsigned count = y1_copies[t][k % kStride];
                     copy_async_if(read && y1_at < (k < kStride ? count : min(count, rows_below)), to,
-                                  y1_from[t] + (k / kStride ? y1_below : 0) + (k % kStride ? y1_beside : 0));
+                                  y1_from[t] + (k / kStride ? y1_bytes : 0) + (k % kStride ? y1_beside : 0));
                 }
-                walk(y1_from[t], y1_row, kStride * (t ? twos.x : twos.y));
+                y1_from[t] += kStride * y1_bytes;
             }
         }
         commit_copies();
@@ -267,11 +264,13 @@ __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams
     // The window's places (row, 0 | 1) and (row, 2), tap 8 - place.
     const auto work_1 = [&](int t, int phase, int row) {
         uint32_t m[4], a_t[4];
-        float da[2][4] = {};
+        float da[2][4];
         int lines[3];
 #pragma unroll
         for (int i = 0; i < 3; ++i) lines[i] = (phase + 2 + i) % B::kRing * B::kRowBytes;
         if (need_input) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) da[i / 4][i % 4] = 0;
 #pragma unroll
             for (int i = 0; i < 3; ++i) {
 #pragma unroll
@@ -306,8 +305,10 @@ __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams
     //   (1, 1): 22, 20 of the next column, 02 of the next row, 00 of both.
     const auto work_2 = [&](int phase, int row) {
         const int level = (phase + 3) % B::kRing * B::kRowBytes, next = phase * B::kRowBytes;
-        float da[4][2][4] = {};
+        float da[4][2][4];
         if (need_input) {
+#pragma unroll
+            for (int i = 0; i < 32; ++i) da[i / 8][i / 4 % 2][i % 4] = 0;
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const uint32_t (&w)[9] = taps[h];
@@ -327,7 +328,7 @@ __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams
             if (k == 2 && row >= rows_below) return;
             uint32_t a_t[4], m[4];
             finish(da[k], 0, k, phase % B::kSlots, row < y1_copies[0][k % 2],
-                   dz1_to[0] + (k / 2 ? y1_below : 0) + (k % 2 ? y1_beside : 0), a_t);
+                   dz1_to[0] + (k / 2 ? y1_bytes : 0) + (k % 2 ? y1_beside : 0), a_t);
             if (!need_weight) continue;
             // Products 0: 11 | -, 1: 12 | 10, 2: 21 | -, 3: 01 | -, 4: 22 | 20, 5: 02 | 00.
 #pragma unroll
@@ -362,7 +363,7 @@ __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams
                     work_2(phase, row - B::kLead);
                 }
 #pragma unroll
-                for (int t = 0; t < B::kTiles; ++t) walk(dz1_to[t], y1_row, kStride * (t ? twos.z : twos.w));
+                for (int t = 0; t < B::kTiles; ++t) dz1_to[t] += kStride * y1_bytes;
             }
             if (++row == last) break;
         }

@@ -72,11 +72,22 @@ __device__ __forceinline__ void load_transposed(uint32_t (&m)[4], uint32_t at) {
                  : "memory");
 }
 
+// The same value, in a register: ptxas would compute it, or copy it to where an instruction wants it, at every use.
+// What is the same in all lanes it sees through; such constants go through shared memory.
+__device__ __forceinline__ uint32_t kept(uint32_t value) {
+    uint32_t v;
+    asm volatile("{.reg .b32 lane; mov.u32 lane, %%laneid; shfl.sync.idx.b32 %0, %1, lane, 31, -1;}"
+                 : "=r"(v)
+                 : "r"(value));
+    return v;
+}
+__device__ __forceinline__ float kept(float value) { return __uint_as_float(kept(__float_as_uint(value))); }
+
 // Where a warp stores four 8x8 matrices: addresses of rows as for load_matrices.
 struct Rows {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     uint32_t at;
-    __device__ __forceinline__ explicit Rows(uint32_t at) : at(at) {}
+    __device__ __forceinline__ explicit Rows(uint32_t at) : at(kept(at)) {}
     __device__ __forceinline__ void store(uint32_t ahead, const uint32_t (&m)[4]) const {
         asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at + ahead), "r"(m[0]),
                      "r"(m[1]), "r"(m[2]), "r"(m[3])
@@ -102,18 +113,7 @@ __device__ __forceinline__ void store_if(bool wanted, uint64_t to, uint4 v) {
                  : "memory");
 }
 
-// The same value, in a register: ptxas would compute it, or copy it to where an instruction wants it, at every use.
-// What is the same in all lanes it sees through; such constants go through shared memory.
-__device__ __forceinline__ uint32_t kept(uint32_t value) {
-    uint32_t v;
-    asm volatile("{.reg .b32 lane; mov.u32 lane, %%laneid; shfl.sync.idx.b32 %0, %1, lane, 31, -1;}"
-                 : "=r"(v)
-                 : "r"(value));
-    return v;
-}
-__device__ __forceinline__ float kept(float value) { return __uint_as_float(kept(__float_as_uint(value))); }
-
-// pointer + 2 elements in one instruction, where the compiler does not know that `two` is 2.
+// pointer + elements * two: where the compiler does not know that `two` is 2, the sum stays in one pair of registers.
 __device__ __forceinline__ void walk(uint64_t& pointer, uint32_t elements, uint32_t two) {
     asm volatile("mad.wide.u32 %0, %1, %2, %0;" : "+l"(pointer) : "r"(elements), "r"(two));
 }
@@ -154,7 +154,7 @@ struct Half {
         asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
         return v;
     }
-    // All ones in the halves where 0 < a < 6, or a is NaN.
+    // All ones in the halves where 0 < a < 6, or a is NaN; of an a that is clamped to [0, 6].
     static __device__ __forceinline__ uint32_t inside(uint32_t a) {
         uint32_t above, below;
         asm("set.gtu.u32.f16x2 %0, %1, %2;" : "=r"(above) : "r"(a), "r"(0));
@@ -205,12 +205,17 @@ struct BFloat16 {
         asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(v) : "r"(b), "r"(0xbf80bf80u), "r"(a));
         return v;
     }
-    // All ones in the halves where 0 < a < 6, or a is NaN.
+    // All ones in the halves where 0 < a < 6, or a is NaN; of an a that is clamped to [0, 6].
     static __device__ __forceinline__ uint32_t inside(uint32_t a) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
         uint32_t above, below;
         asm("set.gtu.u32.bf16x2 %0, %1, %2;" : "=r"(above) : "r"(a), "r"(0));
         asm("set.ltu.u32.bf16x2 %0, %1, %2;" : "=r"(below) : "r"(a), "r"(kSixes));
         return above & below;
+#else
+        const uint32_t low = a & 0xffff, high = a >> 16, six = kSixes & 0xffff;
+        return (low != 0 && low != six ? 0xffff : 0) | (high != 0 && high != six ? 0xffff0000 : 0);
+#endif
     }
     // d = a b + c; a is 16 x 16, b 16 x 8.
     static __device__ __forceinline__ void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,

@@ -110,6 +110,8 @@ __device__ __forceinline__ void depthwise(const DepthwiseParams& p) {
     }
     const Rows enter[2] = {Rows(ring + to_ring[0]), Rows(ring + to_ring[1])};
     uint32_t left[F::kTiles][2], right[F::kTiles], there[F::kTiles];
+    // Of the pixels that a lane holds of a transposed tile, all ones where a pixel is there; elsewhere y is zero.
+    uint32_t present[F::kTiles][2];
     uint64_t to[F::kTiles];
     bool stored[F::kTiles];
 #pragma unroll
@@ -124,6 +126,11 @@ __device__ __forceinline__ void depthwise(const DepthwiseParams& p) {
         to[t] = reinterpret_cast<uint64_t>(p.y) +
                 2 * ((at.image0 * p.ho + at.top) * p.wo * p.c + channel0 + element + 8 * half);
         there[t] = __ballot_sync(~0u, load_shared4(ring + F::kOut + mine) != kNowhere) & 0xffff;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const uint32_t two = there[t] >> (2 * (lane & 3) + 8 * r);
+            present[t][r] = kept((two & 1 ? 0xffff : 0) | (two & 2 ? 0xffff0000 : 0));
+        }
     }
     // Of a warp's first tiles nothing is left out where they are not there: it is zero.
     const bool second_in = 16 * (warp + kWarps) < p.cut.groups * wide;
@@ -147,7 +154,7 @@ __device__ __forceinline__ void depthwise(const DepthwiseParams& p) {
         }
 
     // --- rows of input: copied, then activated ---
-    const uint32_t in_row = kept(static_cast<uint32_t>(p.w * p.c));
+    const uint32_t in_row = p.w * p.c;
     const unsigned outside = above < 0 ? 1 : 0, inside_rows = p.h - max(above, 0);
     int ahead = 0;  // the next row to copy
     const uint32_t copy_to = kept(copies + place(lane >> 1, half));
@@ -207,7 +214,7 @@ __device__ __forceinline__ void depthwise(const DepthwiseParams& p) {
     float sums[F::kTiles][F::kLag][2][4] = {};
     float low[2][4] = {}, high[2][4] = {}, plain[2][4] = {};  // d' d of pixels 0-7 and 8-15, ones' d
     uint32_t origin[2] = {}, origins[F::kTiles][2][2];
-    const uint32_t out_row = kept(static_cast<uint32_t>(p.wo * p.c));
+    const uint32_t out_row = p.wo * p.c;
     const uint32_t leaving = ring + F::kLeaving + warp * 16 * kPixelBytes;
     const Rows leave(leaving + place(lane & 15, lane >> 4));
     const uint32_t leaving_out = kept(leaving + place(lane >> 1, half)),
@@ -258,6 +265,7 @@ __device__ __forceinline__ void depthwise(const DepthwiseParams& p) {
 #pragma unroll
     for (int i = 0; i < F::kAhead; ++i) copy(i);
     const int last = rows + F::kLag - 1;
+    const int pixel = max(__ffs(there[0]) - 1, 0), pixel_lane = 4 * (pixel & 7) + (lane >> 3);
     // The first row of outputs is complete after one period; it gives the origins, and none is stored before.
     int step = 0, stop = kept(uint32_t{F::kPeriod});
     for (bool done = false; !done;) {
@@ -290,22 +298,17 @@ __device__ __forceinline__ void depthwise(const DepthwiseParams& p) {
             }
         } while (!done && step != stop);
         if (step == stop) {
-            const int pixel = max(__ffs(there[0]) - 1, 0);
             stop = -1;
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const float (&sum)[4] = sums[0][0][h];
                 const uint32_t value = pixel < 8 ? T::pack(sum[0], sum[1]) : T::pack(sum[2], sum[3]);
-                const uint32_t pair = __shfl_sync(~0u, value, 4 * (pixel & 7) + (lane >> 3));
+                const uint32_t pair = __shfl_sync(~0u, value, pixel_lane);
                 origin[h] = __byte_perm(pair, 0, lane & 4 ? 0x3232 : 0x1010);
 #pragma unroll
                 for (int t = 0; t < F::kTiles; ++t)
 #pragma unroll
-                    for (int r = 0; r < 2; ++r) {
-                        // Where a pixel is not there, y is zero, and so is the origin.
-                        const uint32_t two = there[t] >> (2 * (lane & 3) + 8 * r);
-                        origins[t][h][r] = origin[h] & ((two & 1 ? 0xffff : 0) | (two & 2 ? 0xffff0000 : 0));
-                    }
+                    for (int r = 0; r < 2; ++r) origins[t][h][r] = origin[h] & present[t][r];
             }
         }
     }
