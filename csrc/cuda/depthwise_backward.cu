@@ -10,8 +10,7 @@
 // 2 and 4 of the taps reach. A NaN (and with it an infinity) of dz2, y2 or y1 reaches the eight channels of its matrix.
 //
 // The mask is decided by the rounded activation, as eager decides it by the rounded output of its BatchNorm. sums: of
-// dz1, and of dz1 (y1 - o) with o the mean rounded to the activations' type, which is put right at the end. A factor B
-// of float16 is a multiple of 2^-24, as every dz2 is.
+// dz1, and of dz1 (y1 - o) with o the mean rounded to the activations' type, which is put right at the end.
 #include "depthwise_device.cuh"
 #include "depthwise_kernels.h"
 
@@ -131,13 +130,21 @@ __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams
     // --- factors ---
     uint32_t taps[2][9], scale[2][2] = {}, dy_factor[2][2], y_factor[2][2], centre[2] = {};
     float shift[2][4] = {}, constant[2][4];
+    // B is small beside y2 where gradients are; in float16 it is multiplied as B / unit, between 1 and 2. The unit is a
+    // power of two, and so is its inverse.
+    constexpr bool kSplitB = T::kLargest < 1e5f;
+    float y_unit[2][2];
+    const auto unit = [](float factor) {
+        return __uint_as_float(min(max(__float_as_uint(factor) & 0x7f800000u, 0x01000000u), 0x7e000000u));
+    };
     load_taps(taps, static_cast<const char*>(p.weight) + int64_t{18} * channel0, lane, channels, kStride == 1);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const int n = 8 * h + (lane >> 2), channel = channel0 + n;
         const bool there = n < channels;
         split_diagonal<T>(dy_factor[h], there ? p.coef[channel] : 0.f, lane);
-        split_diagonal<T>(y_factor[h], there ? p.coef[p.c + channel] : 0.f, lane);
+        const float y = there ? p.coef[p.c + channel] : 0.f;
+        split_diagonal<T>(y_factor[h], kSplitB ? y * __uint_as_float(0x7f000000u - __float_as_uint(unit(y))) : y, lane);
         if constexpr (kNormalise) {
             split_diagonal<T>(scale[h], there ? p.bn[kScale * p.c + channel] : 0.f, lane);
             const float mean = there ? p.bn[kMean * p.c + channel] : 0.f;
@@ -148,6 +155,7 @@ __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams
             const int j = 8 * h + 2 * (lane & 3) + i;
             constant[h][i] = kept(j < channels ? p.coef[2 * p.c + channel0 + j] : 0.f);
             constant[h][i + 2] = kept(constant[h][i]);
+            y_unit[h][i] = unit(j < channels ? p.coef[p.c + channel0 + j] : 0.f);
             if constexpr (kNormalise) {
                 shift[h][i] = kept(j < channels ? p.bn[kShift * p.c + channel0 + j] : 0.f);
                 shift[h][i + 2] = kept(shift[h][i]);
@@ -186,8 +194,14 @@ __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams
         }
         commit_copies();
     };
-    const uint32_t raw_dy[2] = {kept(mine + B::kDz2 + (lane >> 4) * (B::kY2 - B::kDz2) + place(lane & 15, 0)),
-                                kept(mine + B::kDz2 + (lane >> 4) * (B::kY2 - B::kDz2) + place(lane & 15, 1))};
+    // Half h of the pixels of dz2, then the same of y2; float16: of dz2 twice, of y2 twice.
+    uint32_t raw_dz2[2], raw_y2[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const uint32_t here = mine + place(lane & 15, h);
+        raw_dz2[h] = kept(here + (kSplitB || lane < 16 ? B::kDz2 : B::kY2));
+        raw_y2[h] = kept(here + B::kY2);
+    }
     const auto compute_dy = [&](int row, int slot, int ring_row) {
         const bool inside = row - first_row < dy_rows;
 #pragma unroll
@@ -199,9 +213,19 @@ __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams
                 for (int h = 0; h < 2; ++h) {
                     uint32_t m[4];
                     float sums[4];
-                    load_matrices(m, raw_dy[h] + slot * B::kRawBytes + t * B::kNextTile);
-                    T::multiply(sums, m[0], m[1], m[2], m[3], dy_factor[h][1], y_factor[h][1], constant[h]);
-                    T::multiply(sums, m[0], m[1], m[2], m[3], dy_factor[h][0], y_factor[h][0], sums);
+                    load_matrices(m, raw_dz2[h] + slot * B::kRawBytes + t * B::kNextTile);
+                    if constexpr (kSplitB) {
+                        constexpr float kNone[4] = {};
+                        float times_y[4];
+                        T::multiply(sums, m[0], m[1], m[2], m[3], dy_factor[h][0], dy_factor[h][1], constant[h]);
+                        load_matrices(m, raw_y2[h] + slot * B::kRawBytes + t * B::kNextTile);
+                        T::multiply(times_y, m[0], m[1], m[2], m[3], y_factor[h][0], y_factor[h][1], kNone);
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) sums[i] = fmaf(times_y[i], y_unit[h][i % 2], sums[i]);
+                    } else {
+                        T::multiply(sums, m[0], m[1], m[2], m[3], dy_factor[h][1], y_factor[h][1], constant[h]);
+                        T::multiply(sums, m[0], m[1], m[2], m[3], dy_factor[h][0], y_factor[h][0], sums);
+                    }
                     dy[2 * h] = T::pack(sums[0], sums[1]);
                     dy[2 * h + 1] = T::pack(sums[2], sums[3]);
                 }

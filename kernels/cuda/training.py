@@ -1,7 +1,7 @@
 """Training's depthwise stages: a call goes to the CUDA C++ or the Triton kernel, whichever the static budget prefers.
 
 `depthwise_choice.json`, written by `python -m bench.gpu_static report`, says for every architecture, stage, size of a
-value and stride whether the CUDA C++ kernel issues fewer instructions. An architecture that is not listed takes the
+value and stride whether the CUDA C++ kernel is predicted to be faster. An architecture that is not listed takes the
 entry of the next older one. What the CUDA C++ kernels refuse is Triton's as well.
 """
 
