@@ -43,7 +43,7 @@ struct Backward {
 template <class T, int kStride, bool kNormalise>
 __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams& p) {
     using B = Backward<kStride>;
-    extern __shared__ uint4 shared[];
+    extern __shared__ __align__(32) uint4 shared[];
     const Place at(p.cut, p.n, p.c, p.ho);
     const int tid = threadIdx.x, lane = tid & 31, warp = __shfl_sync(~0u, tid >> 5, 0);
     const int channel0 = at.slab * kSlab, channels = p.c - channel0;

@@ -83,7 +83,8 @@ __device__ __forceinline__ uint32_t kept(uint32_t value) {
 }
 __device__ __forceinline__ float kept(float value) { return __uint_as_float(kept(__float_as_uint(value))); }
 
-// Where a warp stores four 8x8 matrices: addresses of rows as for load_matrices.
+// Where a warp stores four 8x8 matrices, two of a tile's first channels and two of the others: addresses of rows as for
+// load_matrices.
 struct Rows {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     uint32_t at;
@@ -94,14 +95,14 @@ struct Rows {
                      : "memory");
     }
 #else
-    uint32_t at[4];
+    uint32_t at[2];  // of the first two matrices; the others lie 16 bytes further in their rows, see place
     __device__ __forceinline__ explicit Rows(uint32_t row) {
         const int lane = threadIdx.x & 31;
-        for (int i = 0; i < 4; ++i) at[i] = __shfl_sync(~0u, row, 8 * i + (lane >> 2)) + 4 * (lane & 3);
+        for (int i = 0; i < 2; ++i) at[i] = __shfl_sync(~0u, row, 8 * i + (lane >> 2)) + 4 * (lane & 3);
     }
     __device__ __forceinline__ void store(uint32_t ahead, const uint32_t (&m)[4]) const {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) store_shared4(at[i] + ahead, m[i]);
+        for (int i = 0; i < 4; ++i) store_shared4((at[i & 1] ^ (i & 2 ? 16 : 0)) + ahead, m[i]);
     }
 #endif
 };

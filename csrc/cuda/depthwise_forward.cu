@@ -36,18 +36,19 @@ struct Forward {
     static constexpr int kZero = kPixels, kDump = kPixels + 3;
     static constexpr int kRowBytes = (kPixels + 4) * kPixelBytes, kRawBytes = kPixels * kPixelBytes;
     static constexpr int kCopies = kRing * kRowBytes, kLeaving = kCopies + kRaw * kRawBytes;
-    static constexpr int kSharedBytes = kLeaving + kOutputs * kPixelBytes;
+    static constexpr int kPresent = kLeaving + kOutputs * kPixelBytes;
+    static constexpr int kSharedBytes = kPresent + 16 * kThreads;
     // Tables of the set-up lie where outputs leave later: of inputs and of outputs.
     static constexpr int kFrom = kLeaving, kTo = kFrom + 4 * kPixels, kFirst = kTo + 4 * kPixels,
                          kSecond = kFirst + 4 * kOutputs, kOut = kSecond + 4 * kOutputs,
                          kConstants = kOut + 4 * kOutputs;
-    static_assert(kConstants + 32 <= kSharedBytes);
+    static_assert(kConstants + 32 <= kPresent);
 };
 
 template <class T, int kStride, bool kNormalise>
 __device__ __forceinline__ void depthwise(const DepthwiseParams& p) {
     using F = Forward<kStride>;
-    extern __shared__ uint4 shared[];
+    extern __shared__ __align__(32) uint4 shared[];
     const Place at(p.cut, p.n, p.c, p.ho);
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
     const int channel0 = at.slab * kSlab, channels = p.c - channel0;
@@ -109,9 +110,10 @@ __device__ __forceinline__ void depthwise(const DepthwiseParams& p) {
         to_ring[t] = place(load_shared4(ring + F::kTo + tile + 4 * (lane & 15)), lane >> 4);
     }
     const Rows enter[2] = {Rows(ring + to_ring[0]), Rows(ring + to_ring[1])};
-    uint32_t left[F::kTiles][2], right[F::kTiles], there[F::kTiles];
+    uint32_t left[F::kTiles][2], right[F::kTiles];
+    int pixels = 0, pixel = 0;  // of the warp's tiles those that are there, and one of the first tile
     // Of the pixels that a lane holds of a transposed tile, all ones where a pixel is there; elsewhere y is zero.
-    uint32_t present[F::kTiles][2];
+    uint32_t present[2][2] = {};
     uint64_t to[F::kTiles];
     bool stored[F::kTiles];
 #pragma unroll
@@ -125,13 +127,18 @@ __device__ __forceinline__ void depthwise(const DepthwiseParams& p) {
         stored[t] = element != kNowhere && has_half;
         to[t] = reinterpret_cast<uint64_t>(p.y) +
                 2 * ((at.image0 * p.ho + at.top) * p.wo * p.c + channel0 + element + 8 * half);
-        there[t] = __ballot_sync(~0u, load_shared4(ring + F::kOut + mine) != kNowhere) & 0xffff;
+        const uint32_t there = __ballot_sync(~0u, load_shared4(ring + F::kOut + mine) != kNowhere) & 0xffff;
+        pixels += __popc(there);
+        if (t == 0) pixel = max(__ffs(there) - 1, 0);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const uint32_t two = there[t] >> (2 * (lane & 3) + 8 * r);
-            present[t][r] = kept((two & 1 ? 0xffff : 0) | (two & 2 ? 0xffff0000 : 0));
+            const uint32_t two = there >> (2 * (lane & 3) + 8 * r);
+            present[t][r] = (two & 1 ? 0xffff : 0) | (two & 2 ? 0xffff0000 : 0);
         }
     }
+    // Registers are scarce.
+    const uint32_t present_at = ring + F::kPresent + 16 * tid;
+    store_shared16(present_at, make_uint4(present[0][0], present[0][1], present[1][0], present[1][1]));
     // Of a warp's first tiles nothing is left out where they are not there: it is zero.
     const bool second_in = 16 * (warp + kWarps) < p.cut.groups * wide;
     const bool second_out = F::kTiles > 1 && 16 * (warp + kWarps) < at.groups * columns;
@@ -265,7 +272,6 @@ __device__ __forceinline__ void depthwise(const DepthwiseParams& p) {
 #pragma unroll
     for (int i = 0; i < F::kAhead; ++i) copy(i);
     const int last = rows + F::kLag - 1;
-    const int pixel = max(__ffs(there[0]) - 1, 0), pixel_lane = 4 * (pixel & 7) + (lane >> 3);
     // The first row of outputs is complete after one period; it gives the origins, and none is stored before.
     int step = 0, stop = kept(uint32_t{F::kPeriod});
     for (bool done = false; !done;) {
@@ -299,11 +305,13 @@ __device__ __forceinline__ void depthwise(const DepthwiseParams& p) {
         } while (!done && step != stop);
         if (step == stop) {
             stop = -1;
+            const uint4 both = load_shared16(present_at);
+            const uint32_t present[2][2] = {{both.x, both.y}, {both.z, both.w}};
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const float (&sum)[4] = sums[0][0][h];
                 const uint32_t value = pixel < 8 ? T::pack(sum[0], sum[1]) : T::pack(sum[2], sum[3]);
-                const uint32_t pair = __shfl_sync(~0u, value, pixel_lane);
+                const uint32_t pair = __shfl_sync(~0u, value, 4 * (pixel & 7) + (lane >> 3));
                 origin[h] = __byte_perm(pair, 0, lane & 4 ? 0x3232 : 0x1010);
 #pragma unroll
                 for (int t = 0; t < F::kTiles; ++t)
@@ -318,9 +326,6 @@ __device__ __forceinline__ void depthwise(const DepthwiseParams& p) {
     // The warps' parts, merged in their order.
     float* counts = reinterpret_cast<float*>(shared);
     float *means = counts + kWarps, *m2s = means + kWarps * kSlab;
-    int pixels = 0;
-#pragma unroll
-    for (int t = 0; t < F::kTiles; ++t) pixels += __popc(there[t]);
     const float n = static_cast<float>(pixels * rows);
     if (lane == 0) counts[warp] = n;
     if (const int g = lane >> 2; (lane & 3) == g >> 1) {
