@@ -9,7 +9,7 @@
 // a1; the sums of dz1 as [y1 - o; ones] dz1'. At stride 2 a position of dy2 stands for a 2x2 quad of y1's, which 1, 2,
 // 2 and 4 of the taps reach. A NaN (and with it an infinity) of dz2, y2 or y1 reaches the eight channels of its matrix.
 //
-// The mask is decided by the rounded activation, as eager decides it by the rounded output of its BatchNorm. sums: of
+// The mask is that of bn1(y1) in float32, but for values below the type's smallest, which it takes for zero. sums: of
 // dz1, and of dz1 (y1 - o) with o the mean rounded to the activations' type, which is put right at the end.
 #include "depthwise_device.cuh"
 #include "depthwise_kernels.h"
@@ -249,7 +249,7 @@ __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams
                             uint32_t (&a_t)[4]) {
         const uint32_t here = (slot * B::kQuad + k) * B::kRawBytes + t * B::kNextTile,
                        out = k * B::kRawBytes + t * B::kNextTile;
-        uint32_t a[4], dz[4], y1_t[4];
+        uint32_t a[4], dz[4], y1_t[4], mask[4];
         if constexpr (kNormalise) {
             load_transposed(y1_t, a_at + here);
 #pragma unroll
@@ -258,15 +258,19 @@ __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams
                 float z[4];
                 load_matrices(m, raw_y1[h] + here);
                 T::multiply(z, m[0], m[1], m[2], m[3], scale[h][0], scale[h][1], shift[h]);
-                a[2 * h] = T::minimum(T::pack_relu(z[0], z[1]), cap[t][k % kStride][0]);
-                a[2 * h + 1] = T::minimum(T::pack_relu(z[2], z[3]), cap[t][k % kStride][1]);
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    const uint32_t most = cap[t][k % kStride][r];
+                    a[2 * h + r] = T::minimum(T::pack_relu(z[2 * r], z[2 * r + 1]), most);
+                    mask[2 * h + r] = T::inside(T::minimum(T::pack_relu_down(z[2 * r], z[2 * r + 1]), most));
+                }
             }
         }
         if (need_input) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 dz[i] = T::pack(da[i / 2][i % 2 * 2], da[i / 2][i % 2 * 2 + 1]);
-                if constexpr (kNormalise) dz[i] &= T::inside(a[i]);
+                if constexpr (kNormalise) dz[i] &= mask[i];
             }
             leave.store(out, dz);
         }

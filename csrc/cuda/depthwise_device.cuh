@@ -144,6 +144,12 @@ struct Half {
         asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
         return v;
     }
+    // Rounded towards zero: what is below 6 stays below it.
+    static __device__ __forceinline__ uint32_t pack_relu_down(float low, float high) {
+        uint32_t v;
+        asm("cvt.rz.relu.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+        return v;
+    }
     // NaN stays NaN.
     static __device__ __forceinline__ uint32_t minimum(uint32_t a, uint32_t b) {
         uint32_t v;
@@ -193,6 +199,12 @@ struct BFloat16 {
     static __device__ __forceinline__ uint32_t pack_relu(float low, float high) {
         uint32_t v;
         asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+        return v;
+    }
+    // Rounded towards zero: what is below 6 stays below it.
+    static __device__ __forceinline__ uint32_t pack_relu_down(float low, float high) {
+        uint32_t v;
+        asm("cvt.rz.relu.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
         return v;
     }
     // NaN stays NaN.
