@@ -4,8 +4,10 @@
     python -m bench.gpu_static check     compile again; exit status 1 if a kernel breaks a rule or the table is another
 
 Compiled is every kernel for every architecture. Instructions are counted as for Triton's: through the loops of a launch
-at batch 128, all threads, both sides of every branch, per element of the largest tensor. A kernel is chosen where it
-needs fewer than Triton's for the same stage, stride and size of a value, as listed in results/resources.json.
+at batch 128, all threads, both sides of every branch, per element of the largest tensor. A kernel is chosen over
+Triton's for the same stage, stride and size of a value (results/resources.json) where the roofline of memory and
+instructions predicts less time; or the same time, fewer instructions, and that the tensor cores keep up with memory.
+How fast tensor cores are at products of this kind nobody has measured, so they decide in the second case only.
 """
 
 import argparse
@@ -15,11 +17,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from bench import sass
-from bench.occupancy import ARCHITECTURES, Architecture, warps_per_sm
+from bench.occupancy import ARCHITECTURES, DRAM_SHARE, ISSUE_SHARE, TENSOR_SHARE, Architecture, warps_per_sm
 from mbv2.errors import UserError
 from mbv2.files import write_atomic
 from mbv2.kernels.cuda.depthwise import cut
@@ -27,13 +30,25 @@ from mbv2.kernels.cuda.depthwise import cut
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "cuda_depthwise.json"
 CHOICE = ROOT / "kernels" / "cuda" / "depthwise_choice.json"
-FILES = ("depthwise_forward", "depthwise_backward")
+FILES = ("depthwise_forward", "depthwise_backward", "depthwise_single")
 BATCH = 128
 # Channels and side of the inputs that each stride is counted on: those with the most traffic.
 SHAPES = {1: (144, 56), 2: (96, 112)}
 ENOUGH_WARPS = 8
 SLACK = 1.1
-_KERNEL = re.compile(r"mbv2_(depthwise(?:_backward)?)_(float16|bfloat16|float32)_s([12])_(bn|x)(\d)")
+_KERNEL = re.compile(r"mbv2_(depthwise(?:_backward)?)_(float16|bfloat16|float32)_s([12])_(bn|x)")
+# By whether it is float32, backward, and stride: rows that one pass of the main loop covers (kPeriod in the sources),
+# and rows that the loop walks on top of those of a strip (of outputs, of their gradient).
+_LOOPS = {
+    (False, False, 1): (3, 2), (False, False, 2): (2, 1), (False, True, 1): (4, 2), (False, True, 2): (4, 1),
+    (True, False, 1): (3, 2), (True, False, 2): (2, 1), (True, True, 1): (3, 2), (True, True, 2): (2, 1),
+}  # fmt: skip
+# Multiply-adds of a warp's instruction.
+_TENSOR_FMA = {
+    f"HMMA.{shape}.F32{kind}": fma for shape, fma in (("16816", 2048), ("1688", 1024)) for kind in ("", ".BF16")
+}
+# At most so often run the loops at the end of a block, which add up parts, and loops inside them.
+_ENDS, _ENDS_INSIDE = 2, 32
 _SHARED = re.compile(r"\.global \.align 4 \.u32 (\w+)_shared_bytes(?: = (\d+))?;")
 
 Row = dict[str, Any]
@@ -53,17 +68,33 @@ def rows(arch: Architecture) -> dict[str, Row]:
 
 
 def choice(static: dict[str, dict[str, Row]], budget: dict[str, Any]) -> dict[str, dict[str, bool]]:
-    """By architecture and "stage bytes stride": does CUDA C++ issue fewer instructions than Triton?"""
+    """By architecture and "stage bytes stride": is CUDA C++ chosen over Triton?"""
     table: dict[str, dict[str, bool]] = {}
     for arch, kernels in static.items():
         for name, row in kernels.items():
-            stage, kind, stride, before, _ = _KERNEL.fullmatch(name).groups()
+            stage, kind, stride, before = _KERNEL.fullmatch(name).groups()
             if kind == "bfloat16" or before == "x":
                 continue
+            itemsize = 4 if kind == "float32" else 2
             theirs = triton_instructions(budget, arch, kind, stage, int(stride))
-            wins = not row["faults"] and theirs is not None and row["instructions_per_element"] < theirs
-            table.setdefault(arch, {})[f"{stage} {4 if kind == 'float32' else 2} s{stride}"] = wins
+            wins = (
+                not row["faults"] and theirs is not None and _is_faster(arch, row, theirs, stage, itemsize, int(stride))
+            )
+            table.setdefault(arch, {})[f"{stage} {itemsize} s{stride}"] = wins
     return table
+
+
+def _is_faster(name: str, row: Row, theirs: float, stage: str, itemsize: int, stride: int) -> bool:
+    """See this module's text."""
+    gpu = ARCHITECTURES[int(name.removeprefix("sm_"))]
+    tensors = 2 if stage.endswith("backward") else 1
+    memory = itemsize * tensors * (1 + 1 / stride**2) / (gpu.bandwidth * DRAM_SHARE)
+    rate = gpu.issue_per_second * ISSUE_SHARE
+    own, other = (max(memory, count / rate) for count in (row["instructions_per_element"], theirs))
+    if own == other:
+        products = row["tensor_fma_per_element"] / (gpu.tensor_fma * gpu.mma_sync_share * TENSOR_SHARE)
+        return row["instructions_per_element"] < theirs and products <= memory
+    return own < other
 
 
 def triton_instructions(budget: dict[str, Any], arch: str, kind: str, stage: str, stride: int) -> float | None:
@@ -80,9 +111,9 @@ def triton_instructions(budget: dict[str, Any], arch: str, kind: str, stage: str
 
 
 def _row(name: str, code: sass.Code, shared: int, arch: Architecture) -> Row:
-    stage, kind, stride, _, slabs = _KERNEL.fullmatch(name).groups()
-    warps = warps_per_sm(arch, 4 * int(slabs), code.registers, shared)
-    instructions = _instructions(code, stage, 4 if kind == "float32" else 2, int(stride))
+    stage, kind, stride, _ = _KERNEL.fullmatch(name).groups()
+    warps = warps_per_sm(arch, 4, code.registers, shared)
+    instructions, products = _per_element(code, stage, 4 if kind == "float32" else 2, int(stride))
     spills = code.count(*sass.SPILLING)
     faults = []
     if spills or code.stack_bytes:
@@ -99,34 +130,33 @@ def _row(name: str, code: sass.Code, shared: int, arch: Architecture) -> Row:
         "warps_per_sm": warps,
         "instructions_per_element": round(instructions, 2),
         "tensor_core": code.count(*sass.TENSOR_CORE),
+        "tensor_fma_per_element": round(products, 1),
         "faults": faults,
     }
 
 
-def _instructions(code: sass.Code, stage: str, itemsize: int, stride: int) -> float:
-    """Instructions of all threads of a launch, per element of the convolution's input."""
+def _per_element(code: sass.Code, stage: str, itemsize: int, stride: int) -> tuple[float, float]:
+    """Instructions of all threads of a launch, and multiply-adds of the tensor cores, per element of the input."""
     c, side = SHAPES[stride]
     backward = stage.endswith("backward")
     plan = cut(BATCH, c, side, side, stride, itemsize, backward)
-    straight, own = code.own_instructions()
     main = max((loop for loop in code.loops if loop.depth == 0), key=lambda loop: len(loop.body))
-    total = float(straight)
-    # Rows that one pass of the main loop covers, see kPeriod in the sources.
-    period = {(False, 1): 4, (False, 2): 5, (True, 1): 4, (True, 2): 3}[backward, stride]
-    tiles = -(-plan.groups * plan.columns // 16)
-    for loop, count in zip(code.loops, own, strict=True):
-        if loop is main:
-            total += count * plan.rows / period
-        elif loop.body < main.body:
-            total += count * plan.rows / period * tiles / 4
-        else:
-            total += count
+    period, more = _LOOPS[itemsize == 4, backward, stride]
+    times = [1.0] * len(code.instructions)
+    for loop in code.loops:  # inner ones come later
+        inside = (plan.rows + more) / period if loop.body <= main.body else _ENDS_INSIDE if loop.depth else _ENDS
+        for i in loop.body:
+            times[i] = inside
+    products = sum(
+        often * _TENSOR_FMA.get(this.full_opcode, 0) for this, often in zip(code.instructions, times, strict=True)
+    )
     blocks = plan.parts(BATCH) * -(-c // 16)
-    return total * 128 * blocks / (BATCH * c * side * side)
+    elements = BATCH * c * side * side
+    return sum(times) * 128 * blocks / elements, products * 4 * blocks / elements
 
 
 def _kernels(source: Path, arch: Architecture) -> Iterator[tuple[str, sass.Code, int]]:
-    """Name, machine code and dynamic shared memory of every kernel of a file."""
+    """Name, machine code and shared memory of every kernel of a file."""
     sys.path.append(str(ROOT / "tests"))
     from ptxcpu.nvcc import find_nvcc
 
@@ -134,24 +164,39 @@ def _kernels(source: Path, arch: Architecture) -> Iterator[tuple[str, sass.Code,
     if nvcc is None:
         raise UserError("no nvcc here (set CUDA_HOME): the CUDA C++ kernels cannot be compiled")
     with tempfile.TemporaryDirectory() as folder:
-        files = {kind: str(Path(folder, f"kernels.{kind}")) for kind in ("ptx", "cubin")}
-        for kind, target in files.items():
-            command = [nvcc, f"-{kind}", f"-arch=sm_{arch.number}", "-std=c++17", "-O3", "-DMBV2_STATIC_REPORT"]
-            done = subprocess.run([*command, str(source), "-o", target], capture_output=True, text=True)
-            if done.returncode:
-                raise UserError(f"nvcc cannot compile {source.name} for {arch.name}: {done.stderr.strip()[-500:]}")
-        shared = {name: int(size) for name, size in _SHARED.findall(Path(files["ptx"]).read_text())}
-        usage = sass.tool("cuobjdump", "-res-usage", files["cubin"])
-        used = {
-            name: (int(registers), int(stack) + int(local))
-            for name, registers, stack, local in re.findall(
-                r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage
-            )
-        }
-        parts = re.split(r"^\.text\.(\w+):", sass.tool("nvdisasm", "-c", "-ndf", files["cubin"]), flags=re.M)
+        cubin = str(Path(folder, "kernels.cubin"))
+        _compile(nvcc, source, "cubin", arch.number, cubin)
+        usage = sass.tool("cuobjdump", "-res-usage", cubin)
+        listing = sass.tool("nvdisasm", "-c", "-ndf", cubin)
+    used = {
+        name: (int(registers), int(stack) + int(local), int(shared))
+        for name, registers, stack, shared, local in re.findall(
+            r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage
+        )
+    }
+    dynamic = _dynamic_shared(nvcc, source)
+    parts = re.split(r"^\.text\.(\w+):", listing, flags=re.M)
     for name, text in zip(parts[1::2], parts[2::2], strict=True):
         instructions = sass.parse(text)
-        yield name, sass.Code(instructions, sass.find_loops(instructions), *used[name]), shared[name]
+        registers, local, static = used[name]
+        code = sass.Code(instructions, sass.find_loops(instructions), registers, local)
+        yield name, code, static + dynamic[name]
+
+
+@cache
+def _dynamic_shared(nvcc: str, source: Path) -> dict[str, int]:
+    """What the launcher asks for, by kernel; the same on every architecture."""
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder, "kernels.ptx")
+        _compile(nvcc, source, "ptx", 80, str(ptx))
+        return {name: int(size or 0) for name, size in _SHARED.findall(ptx.read_text())}
+
+
+def _compile(nvcc: str, source: Path, kind: str, arch: int, target: str) -> None:
+    command = [nvcc, f"-{kind}", f"-arch=sm_{arch}", "-std=c++17", "-O3", "-DMBV2_STATIC_REPORT", str(source)]
+    done = subprocess.run([*command, "-o", target], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"nvcc cannot compile {source.name} for sm_{arch}: {done.stderr.strip()[-500:]}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

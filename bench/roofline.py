@@ -99,7 +99,7 @@ class Counts:
         """Instructions a byte of the CUDA C++ kernel, where it is chosen."""
         if not self._choice.get(f"{stage} {ITEM} s{stride}", False):
             return None
-        row = self._cuda[f"mbv2_{stage}_float16_s{stride}_bn1"]
+        row = self._cuda[f"mbv2_{stage}_float16_s{stride}_bn"]
         outputs = 1 / stride**2  # for an element of the input
         values = 1 + outputs if stage == "depthwise" else 2 + 2 * outputs
         return row["instructions_per_element"] / (ITEM * values)

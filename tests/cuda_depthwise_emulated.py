@@ -14,13 +14,13 @@ from torch import Tensor
 from mbv2.kernels.cuda import depthwise as module
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
-FILES = {"depthwise": "depthwise_forward.cu", "depthwise_backward": "depthwise_backward.cu"}
 
 
 @cache
-def compiled(stage: str) -> Module:
-    """The PTX of a stage's kernels for sm_80."""
-    return Module(compile_ptx(SOURCES / FILES[stage], 80, defines=("MBV2_STATIC_REPORT",)), optimise="-O0")
+def compiled(name: str, arch: int) -> Module:
+    """The PTX of csrc/cuda/depthwise_<name>.cu."""
+    source = SOURCES / f"depthwise_{name}.cu"
+    return Module(compile_ptx(source, arch, defines=("MBV2_STATIC_REPORT",)), optimise="-O0")
 
 
 def shared_bytes(ptx: Module, kernel: str) -> int:
@@ -29,25 +29,31 @@ def shared_bytes(ptx: Module, kernel: str) -> int:
 
 
 @contextmanager
-def emulated(count_sectors: bool = False) -> Iterator[list[Any]]:
-    """Inside, the launchers of mbv2.kernels.cuda.depthwise run PTX on CPU tensors; yields the launches' statistics."""
+def emulated(arch: int = 80, **options: Any) -> Iterator[list[Any]]:
+    """Inside, the launchers of mbv2.kernels.cuda.depthwise run PTX on CPU tensors; yields the launches' statistics.
+
+    Args:
+        arch: that PTX is made for.
+        options: of ptxcpu's `launch`.
+    """
     log: list[Any] = []
 
     def submit(
         stage: str, params: Any, arrays: dict[str, Tensor | None], x: Tensor, stride: int, plan: module.Cut
     ) -> None:
         kind = str(x.dtype).removeprefix("torch.")
-        kernel = f"mbv2_{stage}_{kind}_s{stride}_{'x1' if arrays['bn'] is None else 'bn1'}"
-        ptx = compiled(stage)
+        kernel = f"mbv2_{stage}_{kind}_s{stride}_{'x' if arrays['bn'] is None else 'bn'}"
+        name = "single" if kind == "float32" else "backward" if stage.endswith("backward") else "forward"
+        ptx = compiled(name, arch)
         present = {name: array for name, array in arrays.items() if array is not None}
         stats = ptx.launch(
             kernel,
-            plan.parts(x.shape[0]) * -(-x.shape[1] // (16 * plan.slabs)),
-            128 * plan.slabs,
+            plan.parts(x.shape[0]) * -(-x.shape[1] // 16),
+            128,
             [bytes(params)],
             shared_bytes(ptx, kernel),
             memory=[_dense(array) for array in present.values()],
-            count_sectors=count_sectors,
+            **options,
         )
         names = list(present)
         # The only argument is the struct; the arrays come after it.

@@ -1,352 +1,399 @@
 // Backward of the training depthwise 3x3, 16-bit types: dy2 = A dz2 + B y2 + C; dz1 = relu6'(bn1(y1)) conv^T(dy2) with
-// its sums; parts of the weight's gradient. One pass: dy2, y1 in, dz1 out.
+// its sums; parts of the weight's gradient. One pass: dz2, y2, y1 in, dz1 out. depthwise_single.cu has float32.
 //
-// Cut like the forward pass, over the positions of dy2: a block owns 16 channels and walks down a strip of rows, each
-// of its four warps 16 columns. Every dy2 is computed and rounded once, by the thread that fetched dz2 and y2, into a
-// ring of rows. Both gradients are products of the tensor cores: the transposed convolution as in the forward pass,
-// with diagonal matrices of the taps; the weight's as the diagonals of dy2' a1, where one product takes two taps (two
-// shifted dy2, one above the other) against 16 pixels of a1. At stride 2 a position of dy2 stands for a 2x2 quad of
-// y1's, which 1, 2, 2 and 4 of the taps reach. The mask is decided in float32 from y1 itself. As in the forward pass, a
-// NaN of dy2 or a1 reaches the eight channels of its matrix.
+// Cut like the forward pass, over the positions of dy2: a block owns 16 channels and walks down a strip of rows; each
+// of its warps works on 16 columns at a time. Every dy2 is computed and rounded once into a ring of rows. As in the
+// forward pass everything that multiplies is a product of the tensor cores: dy2 and bn1(y1), whose factors are sums of
+// two values of the type; the transposed convolution, with diagonal matrices of the taps; the weight's gradient as the
+// diagonals of dy2' a1, where one product takes two taps (two shifted dy2, one above the other) against 16 pixels of
+// a1; the sums of dz1 as [y1 - o; ones] dz1'. At stride 2 a position of dy2 stands for a 2x2 quad of y1's, which 1, 2,
+// 2 and 4 of the taps reach. A NaN (and with it an infinity) of dz2, y2 or y1 reaches the eight channels of its matrix.
 //
-// sums: of dz1, and of dz1 (y1 - o) with o the mean rounded to the activations' type, which is put right at the end.
+// The mask is that of bn1(y1) in float32, but for values below the type's smallest, which it takes for zero. sums: of
+// dz1, and of dz1 (y1 - o) with o the mean rounded to the activations' type, which is put right at the end.
 #include "depthwise_device.cuh"
+#include "depthwise_kernels.h"
 
 namespace mbv2 {
 namespace cuda {
 namespace {
 
-template <class T, int kStride>
+template <int kStride>
 struct Backward {
-    using R = Row<T, 1>;
-    static constexpr int kPixels = 64;                  // of a row of dy2 in shared memory, halo columns included
-    static constexpr int kLead = kStride == 1 ? 2 : 1;  // rows of dy2 that a row of y1 waits for
-    static constexpr int kRing = kLead + 2, kAhead = kStride == 1 ? 2 : 1;
-    static constexpr int kPositions = kStride * kStride;  // of y1 for one of dy2
-    static constexpr int kSlots = kAhead + 2;             // of rows of y1: in use, arrived, on their way
-    static constexpr int kPeriod = kRing;                 // rows after which everything is where it was
-    static_assert(kSlots == kRing && kRing % kAhead == 0 && R::kPixelsAtOnce == kPixels);
-    static constexpr int kRowBytes =
-        (kPixels + 3) * R::kPitch;  // zero pixels behind the others, as in the forward pass
-    static constexpr int kVectorRow = R::kThreads * 16;
-    static constexpr int kRaw = kRing * kRowBytes, kY1 = kRaw + kAhead * 2 * kVectorRow;
-    static constexpr int kSharedBytes = kY1 + kSlots * kPositions * kVectorRow;
-    static_assert(kRowWarps * 11 * 16 * 4 <= kRaw, "the partial sums fit over the ring");
+    static constexpr int kTiles = kStride == 1 ? 2 : 1;       // of 16 positions, a warp
+    static constexpr int kPixels = 16 * kWarps * kTiles;      // of a row of dy2 in shared memory, halo columns included
+    static constexpr int kLead = kStride == 1 ? 2 : 1;        // rows of dy2 that a row of y1 waits for
+    static constexpr int kQuad = kStride * kStride;           // positions of y1 for one of dy2
+    static constexpr int kRing = 4, kSlots = 2, kPeriod = 4;  // rows of dy2; of copies; after which all is where it was
+    // Behind a ring row's pixels: three that are zero, for positions that are not there; one that nobody reads.
+    static constexpr int kZero = kPixels, kDump = kPixels + 3;
+    static constexpr int kRowBytes = (kPixels + 4) * kPixelBytes, kRawBytes = kPixels * kPixelBytes;
+    static constexpr int kTileBytes = 16 * kPixelBytes, kNextTile = kWarps * kTileBytes;
+    // Of dz2 and y2, each kSlots rows; of y1 kSlots x kQuad; dz1 on its way out.
+    static constexpr int kDz2 = kRing * kRowBytes, kY2 = kDz2 + kSlots * kRawBytes, kY1 = kY2 + kSlots * kRawBytes,
+                         kLeaving = kY1 + kSlots * kQuad * kRawBytes, kSharedBytes = kLeaving + kQuad * kRawBytes;
+    // Tables of the set-up lie where dz1 leaves later.
+    static constexpr int kFrom = kLeaving, kTo = kFrom + 4 * kPixels, kFirst = kTo + 4 * kPixels,
+                         kOut = kFirst + 4 * kPixels, kSecond = kOut + 4 * kPixels, kConstants = kSecond + 4 * kPixels;
+    static_assert(kConstants + 16 <= kSharedBytes);
+    static constexpr int kProducts = 6;  // of the weight's gradient, of half of the channels
+    static_assert(kWarps * 11 * kSlab * 4 <= kDz2, "the partial sums fit over the ring");
 };
-
-// What is added up over the positions of a warp.
-struct Sums {
-    float low[2][4] = {}, high[2][4] = {}, plain[2][4] = {};  // dz (y1 - o) of pixels 0-7 and 8-15, dz
-};
-
-// Per lane 4 g + j: channels 4 j ... 4 j + 3 of pixels g and g + 8.
-template <class T, bool kNormalise>
-struct Ending {
-    float scale[4], shift[4];
-    uint32_t centre[2], ones;
-
-    // From da at 16 positions: dz1, masked and stored, its sums, and a1 transposed. y1: the address of the lane's first
-    // position; there: whether the positions are in the image.
-    template <bool kRagged>
-    __device__ __forceinline__ void finish(const float (&da)[2][4], uint32_t y1, const bool (&there)[2],
-                                           const bool (&writes)[2], char* (&to)[2], bool need_input, bool read,
-                                           Sums& sums, uint32_t (&a)[2][2]) const {
-        uint32_t dz[2][2], centred[2][2];  // [h][r]
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const uint2 both = read ? load_shared8(y1 + 8 * r * 32) : make_uint2(0, 0);
-            const uint32_t y[2] = {both.x, both.y};
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                float low = da[h][2 * r], high = da[h][2 * r + 1];
-                if constexpr (kNormalise) {
-                    const float z0 = fmaf(T::low(y[h]), scale[2 * h], shift[2 * h]);
-                    const float z1 = fmaf(T::high(y[h]), scale[2 * h + 1], shift[2 * h + 1]);
-                    // As torch's hardtanh_backward on a GPU: a NaN lets the gradient through.
-                    if (z0 <= 0.f || z0 >= 6.f) low = 0.f;
-                    if (z1 <= 0.f || z1 >= 6.f) high = 0.f;
-                    a[h][r] = T::minimum(T::pack_relu(z0, z1), T::kSixes);
-                    centred[h][r] = T::subtract(y[h], centre[h]);
-                } else {
-                    a[h][r] = y[h];
-                }
-                dz[h][r] = T::pack(low, high);
-                if (kRagged && !there[r]) dz[h][r] = a[h][r] = 0;
-            }
-            if (need_input) store_if(writes[r], to[r], dz[0][r], dz[1][r]);
-        }
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            a[h][0] = transposed(a[h][0]), a[h][1] = transposed(a[h][1]);
-            if constexpr (kNormalise) {
-                if (!need_input) continue;
-                const uint32_t c0 = transposed(centred[h][0]), c1 = transposed(centred[h][1]);
-                const uint32_t d0 = transposed(dz[h][0]), d1 = transposed(dz[h][1]);
-                T::multiply(sums.low[h], c0, c1, d0);
-                T::multiply(sums.high[h], c0, c1, d1);
-                T::multiply(sums.plain[h], ones, ones, ones, ones, d0, d1);
-            }
-        }
-    }
-};
-
-// Nine weights of the lane's diagonals, by half: weight(t) of channel 4 (n / 2) + 2 h + n % 2, n = lane / 4.
-__device__ __forceinline__ void load_diagonals(uint32_t (&d)[2][9], const void* weight, int lane, int count) {
-    const uint16_t* w = static_cast<const uint16_t*>(weight);
-    const int n = lane >> 2;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        const int channel = 4 * (n >> 1) + 2 * h + (n & 1);
-        const bool there = (lane & 3) == n >> 1 && channel < count;
-#pragma unroll
-        for (int t = 0; t < 9; ++t) {
-            const uint32_t value = there ? w[channel * 9 + t] : 0;
-            d[h][t] = n & 1 ? value << 16 : value;
-        }
-    }
-}
 
 template <class T, int kStride, bool kNormalise>
 __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams& p) {
-    using B = Backward<T, kStride>;
-    using R = typename B::R;
-    constexpr int kPitch = R::kPitch;
-    extern __shared__ uint4 shared[];
+    using B = Backward<kStride>;
+    extern __shared__ __align__(32) uint4 shared[];
     const Place at(p.cut, p.n, p.c, p.ho);
-    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
-    const int channel0 = at.slab * 16, q = tid & 1, channel_q = channel0 + 8 * q;
+    const int tid = threadIdx.x, lane = tid & 31, warp = __shfl_sync(~0u, tid >> 5, 0);
+    const int channel0 = at.slab * kSlab, channels = p.c - channel0;
     const unsigned columns = p.cut.columns, wide = columns + (kStride == 1 ? 2 : 1);
-    const uint32_t ring = shared_address(shared), raw = ring + B::kRaw + tid * 16, y1s = ring + B::kY1;
-    const bool need_input = p.dz1 != nullptr, need_weight = p.dweight != nullptr;
-    const bool read = need_weight || kNormalise;
+    const uint32_t ring = shared_address(shared), mine = ring + warp * B::kTileBytes;
+    const bool need_input = kept(uint32_t{p.dz1 != nullptr}), need_weight = kept(uint32_t{p.dweight != nullptr});
+    const int rows = at.bottom - at.top, above = kStride == 1 ? at.top - 1 : at.top;
 
-    // --- what the thread fetches: a vector of dz2 and y2 a row, and of y1 for each position of a quad ---
-    uint32_t dy_from = kNowhere, y1_from[B::kPositions];
-    const uint32_t dy_to = (tid >> 1) * kPitch + R::place(q);
-    {
-        const unsigned pixel = tid >> 1, group = pixel / wide, i = pixel - group * wide;
+    // --- where things are: thread i looks it up for pixel i of dy2 and for position i ---
+    if (tid < B::kPixels) {
+        const unsigned group = tid / wide, i = tid - group * wide;
         const int column = at.chunk(group) * columns + i - (kStride == 1 ? 1 : 0);
-        if (group < at.groups && column >= 0 && column < p.wo && channel_q < p.c)
-            dy_from = (at.image(group) * p.ho * p.wo + column) * p.c + channel_q;
-        else
-            for (int r = 0; r < B::kRing; ++r) R::put(ring + r * B::kRowBytes + dy_to, uint4{});
-        const unsigned own = pixel / columns, j = pixel - own * columns;
+        const bool inside = group < at.groups && column >= 0 && column < p.wo;
+        store_shared4(ring + B::kFrom + 4 * tid, inside ? (at.image(group) * p.ho * p.wo + column) * p.c : kNowhere);
+        store_shared4(ring + B::kTo + 4 * tid, inside ? tid : B::kDump);
+        const unsigned own = tid / columns, j = tid - own * columns;
+        const int place_of = at.chunk(own) * columns + j;
+        const bool there = own < at.groups && place_of < p.wo;
+        store_shared4(ring + B::kFirst + 4 * tid, there ? own * wide + j : B::kZero);
+        store_shared4(ring + B::kOut + 4 * tid,
+                      there ? (at.image(own) * p.h * p.w + place_of * kStride) * p.c : kNowhere);
+        store_shared4(ring + B::kSecond + 4 * tid, there && place_of * kStride + 1 < p.w);
+        for (int h = 0; h < 2; ++h) {
+            if (!inside)
+                for (int r = 0; r < B::kRing; ++r) store_shared16(ring + r * B::kRowBytes + place(tid, h), uint4{});
+            // What is never copied is zero.
+            for (int r = 0; r < (4 + 2 * B::kQuad) * B::kSlots / 2; ++r)
+                store_shared16(ring + B::kDz2 + r * B::kRawBytes + tid * kPixelBytes + 16 * h, uint4{});
+        }
+        if (tid < B::kRing * 6)
+            store_shared16(ring + tid / 6 * B::kRowBytes + B::kZero * kPixelBytes + tid % 6 * 16, uint4{});
+    }
+    if (tid == 0) store_shared16(ring + B::kConstants, make_uint4(T::kOnes, T::kOnes, T::kOnes, T::kOnes));
+    __syncthreads();
+    const uint4 ones = load_shared16(ring + B::kConstants);
+    const int half = lane & 1;  // of the pixel lane / 2 of a tile: what a lane copies and stores
+    const bool has_half = 8 * half < channels;
+    const unsigned first_row = above < 0 ? 1 : 0;  // of dy2's rows, the image's
+    const unsigned dy_rows = min(rows + B::kLead, p.ho - above) - first_row;
+    const unsigned rows_below = min(rows, (p.h - 2 * at.top) / 2);  // stride 2: second rows of quads
+    uint64_t dz2_from[B::kTiles], y2_from[B::kTiles], y1_from[B::kTiles], dz1_to[B::kTiles];
+    unsigned dy_copies[B::kTiles], y1_copies[B::kTiles][kStride];
+    uint32_t pair[B::kTiles][2], side[B::kTiles], pair_t[B::kTiles][2], side_t[B::kTiles];
+    uint32_t cap[B::kTiles][kStride][2], enter_at[B::kTiles];
 #pragma unroll
-        for (int k = 0; k < B::kPositions; ++k) {
-            const int x = (at.chunk(own) * columns + j) * kStride + k % kStride;
-            const bool there = own < at.groups && at.chunk(own) * columns + j < p.wo && x < p.w && channel_q < p.c;
-            y1_from[k] = there ? (at.image(own) * p.h * p.w + k / kStride * p.w + x) * p.c + channel_q : kNowhere;
-            if (!there)
-                for (int s = 0; s < B::kSlots; ++s)
-                    store_shared16(y1s + (s * B::kPositions + k) * B::kVectorRow + tid * 16, uint4{});
+    for (int t = 0; t < B::kTiles; ++t) {
+        const uint32_t tile = 4 * 16 * (warp + kWarps * t);
+        const uint32_t dy = load_shared4(ring + B::kFrom + tile + 4 * (lane >> 1));
+        dy_copies[t] = dy != kNowhere && has_half ? dy_rows : 0;
+        const int64_t dy_at = 2 * ((at.image0 * p.ho + above) * p.wo * p.c + channel0 + dy + 8 * half);
+        dz2_from[t] = reinterpret_cast<uint64_t>(p.dz2) + dy_at;
+        y2_from[t] = reinterpret_cast<uint64_t>(p.y2) + dy_at;
+        enter_at[t] = ring + place(load_shared4(ring + B::kTo + tile + 4 * (lane & 15)), lane >> 4);
+        const uint32_t y1 = load_shared4(ring + B::kOut + tile + 4 * (lane >> 1));
+        const bool there = y1 != kNowhere && has_half;
+        const int64_t y1_at = 2 * ((at.image0 * p.h + at.top * kStride) * p.w * p.c + channel0 + y1 + 8 * half);
+        y1_from[t] = reinterpret_cast<uint64_t>(p.y1) + y1_at;
+        dz1_to[t] = reinterpret_cast<uint64_t>(p.dz1) + y1_at;
+#pragma unroll
+        for (int b = 0; b < kStride; ++b) {
+            const uint32_t second = ring + B::kSecond + tile;
+            y1_copies[t][b] = there && (b == 0 || load_shared4(second + 4 * (lane >> 1))) ? rows : 0;
+#pragma unroll
+            for (int r = 0; r < 2; ++r)
+                // Beside the image activations are zero.
+                cap[t][b][r] = b == 0 || load_shared4(second + 4 * (lane / 4 + 8 * r)) ? T::kSixes : 0;
+        }
+        // Rows of matrices of pixels (see load_matrices), and of transposed ones, of which the second lies below.
+        const uint32_t first = load_shared4(ring + B::kFirst + tile + 4 * (lane & 15));
+        const uint32_t first_t = load_shared4(ring + B::kFirst + tile + 4 * ((lane & 7) + (lane >> 4) * 8));
+        const unsigned upper = lane >> 4, second = lane >> 3 & 1;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            pair[t][h] = kept(ring + place(first + upper, h));
+            pair_t[t][h] = kept(ring + place(first_t + second, h));
+        }
+        side[t] = kept(ring + place(first + (kStride == 1 ? 2 : 0), upper));
+        side_t[t] = kept(ring + place(first_t + (kStride == 1 ? 2 : 0), second));
+    }
+    const Rows enter[2] = {Rows(enter_at[0]), Rows(enter_at[B::kTiles - 1])};
+    const bool second_in = B::kTiles > 1 && 16 * (warp + kWarps) < p.cut.groups * wide;
+    const bool second_out = B::kTiles > 1 && 16 * (warp + kWarps) < at.groups * columns;
+
+    // --- factors ---
+    uint32_t taps[2][9], scale[2][2] = {}, dy_factor[2][2], y_factor[2][2], centre[2] = {};
+    float shift[2][4] = {}, constant[2][4];
+    // B is small beside y2 where gradients are; in float16 it is multiplied as B / unit, between 1 and 2. The unit is a
+    // power of two, and so is its inverse.
+    constexpr bool kSplitB = T::kLargest < 1e5f;
+    float y_unit[2][2];
+    const auto unit = [](float factor) {
+        return __uint_as_float(min(max(__float_as_uint(factor) & 0x7f800000u, 0x01000000u), 0x7e000000u));
+    };
+    load_taps(taps, static_cast<const char*>(p.weight) + int64_t{18} * channel0, lane, channels, kStride == 1);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const int n = 8 * h + (lane >> 2), channel = channel0 + n;
+        const bool there = n < channels;
+        split_diagonal<T>(dy_factor[h], there ? p.coef[channel] : 0.f, lane);
+        const float y = there ? p.coef[p.c + channel] : 0.f;
+        split_diagonal<T>(y_factor[h], kSplitB ? y * __uint_as_float(0x7f000000u - __float_as_uint(unit(y))) : y, lane);
+        if constexpr (kNormalise) {
+            split_diagonal<T>(scale[h], there ? p.bn[kScale * p.c + channel] : 0.f, lane);
+            const float mean = there ? p.bn[kMean * p.c + channel] : 0.f;
+            centre[h] = kept(T::pack(mean, mean));
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int j = 8 * h + 2 * (lane & 3) + i;
+            constant[h][i] = kept(j < channels ? p.coef[2 * p.c + channel0 + j] : 0.f);
+            constant[h][i + 2] = kept(constant[h][i]);
+            y_unit[h][i] = unit(j < channels ? p.coef[p.c + channel0 + j] : 0.f);
+            if constexpr (kNormalise) {
+                shift[h][i] = kept(j < channels ? p.bn[kShift * p.c + channel0 + j] : 0.f);
+                shift[h][i + 2] = kept(shift[h][i]);
+            }
         }
     }
-    for (int i = tid; i < B::kRing * (3 * kPitch / 16); i += R::kThreads)
-        store_shared16(ring + i / (3 * kPitch / 16) * B::kRowBytes + B::kPixels * kPitch + i % (3 * kPitch / 16) * 16,
-                       uint4{});
-    float coef[3][8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-#pragma unroll
-        for (int k = 0; k < 3; ++k) coef[k][i] = channel_q < p.c ? p.coef[k * p.c + channel_q + i] : 0.f;
 
-    const int64_t dy_bytes = int64_t{2} * p.wo * p.c, y1_bytes = int64_t{2} * p.w * p.c;
-    const int above = kStride == 1 ? at.top - 1 : at.top, steps = at.bottom - at.top;
-    const int first_row = above < 0 ? 1 : 0, last_row = min(steps + B::kLead, p.ho - above);  // of those, the image's
-    const int64_t dy_start = (at.image0 * p.ho + above) * dy_bytes;
-    const char *dz2_row = static_cast<const char*>(p.dz2) + dy_start,
-               *y2_row = static_cast<const char*>(p.y2) + dy_start;
-    const char* y1_row = static_cast<const char*>(p.y1) + (at.image0 * p.h + at.top * kStride) * y1_bytes;
-    int t = 0;  // the next row of dy2 to compute
-    // Row t of dz2 and y2 and the row of y1 that needs it, into the slots of `row` (t, or t but for whole periods).
-    const auto fetch = [&](int t, int row) {
-        if (t >= first_row && t < last_row && dy_from != kNowhere) {
-            const uint32_t to = raw + row % B::kAhead * 2 * B::kVectorRow;
-            copy_async(to, dz2_row + uint64_t{2} * dy_from);
-            copy_async(to + B::kVectorRow, y2_row + uint64_t{2} * dy_from);
-        }
-        dz2_row += dy_bytes, y2_row += dy_bytes;
-        if (t >= B::kLead) {
-            const uint32_t to = y1s + (row - B::kLead) % B::kSlots * B::kPositions * B::kVectorRow + tid * 16;
-            const int below = (at.top + t - B::kLead) * kStride + 1;  // a quad's second row
+    // --- copies of a row of dz2 and y2, and of the row of y1 that waits for it ---
+    const uint64_t dy_bytes = uint64_t{2} * p.wo * p.c, y1_bytes = uint64_t{2} * p.w * p.c,
+                   y1_beside = uint64_t{2} * p.c;
+    const uint32_t copy_to = kept(mine + place(lane >> 1, half));
+    const bool read = need_weight || kNormalise;
+    const auto copy = [&](int row, int slot) {
+        const int y1_at = row - B::kLead;
 #pragma unroll
-            for (int k = 0; k < B::kPositions; ++k)
-                if (read && t < steps + B::kLead && y1_from[k] != kNowhere && (k < kStride || below < p.h))
-                    copy_async(to + k * B::kVectorRow, y1_row + uint64_t{2} * y1_from[k]);
-            y1_row += kStride * y1_bytes;
+        for (int t = 0; t < B::kTiles; ++t) {
+            const uint32_t to = copy_to + slot * B::kRawBytes + t * B::kNextTile;
+            const bool wanted = row - first_row < dy_copies[t];
+            copy_async_if(wanted, to + B::kDz2, dz2_from[t]);
+            copy_async_if(wanted, to + B::kY2, y2_from[t]);
+            dz2_from[t] += dy_bytes;
+            y2_from[t] += dy_bytes;
+        }
+        if (y1_at >= 0) {
+#pragma unroll
+            for (int t = 0; t < B::kTiles; ++t) {
+#pragma unroll
+                for (int k = 0; k < B::kQuad; ++k) {
+                    const uint32_t to = copy_to + B::kY1 + (slot * B::kQuad + k) * B::kRawBytes + t * B::kNextTile;
+                    const unsigned count = y1_copies[t][k % kStride];
+                    copy_async_if(read && y1_at < (k < kStride ? count : min(count, rows_below)), to,
+                                  y1_from[t] + (k / kStride ? y1_bytes : 0) + (k % kStride ? y1_beside : 0));
+                }
+                y1_from[t] += kStride * y1_bytes;
+            }
         }
         commit_copies();
     };
-    const auto advance = [&](int row) {
-        wait_copies<B::kAhead - 1>();
-        const uint32_t from = raw + row % B::kAhead * 2 * B::kVectorRow;
-        if (dy_from != kNowhere) {
-            uint4 v = {};
-            if (t >= first_row && t < last_row) {
-                const uint4 dz = load_shared16(from), y = load_shared16(from + B::kVectorRow);
-                const uint32_t dzs[4] = {dz.x, dz.y, dz.z, dz.w}, ys[4] = {y.x, y.y, y.z, y.w};
-                uint32_t* out = reinterpret_cast<uint32_t*>(&v);
+    // Half h of the pixels of dz2, then the same of y2; float16: of dz2 twice, of y2 twice.
+    uint32_t raw_dz2[2], raw_y2[2];
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const float low = fmaf(T::low(ys[i]), coef[1][2 * i], coef[2][2 * i]);
-                    const float high = fmaf(T::high(ys[i]), coef[1][2 * i + 1], coef[2][2 * i + 1]);
-                    out[i] = T::pack(fmaf(T::low(dzs[i]), coef[0][2 * i], low),
-                                     fmaf(T::high(dzs[i]), coef[0][2 * i + 1], high));
+    for (int h = 0; h < 2; ++h) {
+        const uint32_t here = mine + place(lane & 15, h);
+        raw_dz2[h] = kept(here + (kSplitB || lane < 16 ? B::kDz2 : B::kY2));
+        raw_y2[h] = kept(here + B::kY2);
+    }
+    const auto compute_dy = [&](int row, int slot, int ring_row) {
+        const bool inside = row - first_row < dy_rows;
+#pragma unroll
+        for (int t = 0; t < B::kTiles; ++t) {
+            if (t == 1 && !second_in) break;
+            uint32_t dy[4] = {};
+            if (inside) {
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    uint32_t m[4];
+                    float sums[4];
+                    load_matrices(m, raw_dz2[h] + slot * B::kRawBytes + t * B::kNextTile);
+                    if constexpr (kSplitB) {
+                        constexpr float kNone[4] = {};
+                        float times_y[4];
+                        T::multiply(sums, m[0], m[1], m[2], m[3], dy_factor[h][0], dy_factor[h][1], constant[h]);
+                        load_matrices(m, raw_y2[h] + slot * B::kRawBytes + t * B::kNextTile);
+                        T::multiply(times_y, m[0], m[1], m[2], m[3], y_factor[h][0], y_factor[h][1], kNone);
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) sums[i] = fmaf(times_y[i], y_unit[h][i % 2], sums[i]);
+                    } else {
+                        T::multiply(sums, m[0], m[1], m[2], m[3], dy_factor[h][1], y_factor[h][1], constant[h]);
+                        T::multiply(sums, m[0], m[1], m[2], m[3], dy_factor[h][0], y_factor[h][0], sums);
+                    }
+                    dy[2 * h] = T::pack(sums[0], sums[1]);
+                    dy[2 * h + 1] = T::pack(sums[2], sums[3]);
                 }
             }
-            R::put(ring + row % B::kRing * B::kRowBytes + dy_to, v);
+            enter[t].store(ring_row * B::kRowBytes, dy);
         }
-        fetch(t + B::kAhead, row + B::kAhead);
-        ++t;
     };
-#pragma unroll
-    for (int i = 0; i < B::kAhead; ++i) fetch(i, i);
 
-    // --- what the lane computes: its warp's 16 positions ---
-    const int channel = channel0 + 4 * (lane & 3);
-    const unsigned zero = B::kPixels * kPitch;
-    const auto place = [&](unsigned v) {  // of a position's first column of dy2
-        const unsigned group = v / columns, j = v - group * columns;
-        return group < at.groups && at.chunk(group) * columns + j < p.wo ? (group * wide + j) * kPitch : zero;
-    };
-    const uint32_t c0 = place(16 * warp + (lane & 15));                              // its row of matrices of pixels
-    const uint32_t c0_transposed = place(16 * warp + (lane & 7) + (lane >> 4) * 8);  // of transposed ones
-    uint32_t to[2];
-    bool second[2] = {};  // whether the quad's second column is there
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const unsigned v = 16 * warp + (lane >> 2) + 8 * r, group = v / columns, j = v - group * columns;
-        const int column = at.chunk(group) * columns + j;
-        const bool there = group < at.groups && column < p.wo;
-        to[r] = there && channel < p.c ? (at.image(group) * p.h * p.w + column * kStride) * p.c + channel : kNowhere;
-        second[r] = there && column * kStride + 1 < p.w;
-    }
-    Ending<T, kNormalise> ending;
-    ending.ones = kept(T::kOnes);
-    if constexpr (kNormalise) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            ending.scale[i] = channel < p.c ? p.bn[kScale * p.c + channel + i] : 0.f;
-            ending.shift[i] = channel < p.c ? p.bn[kShift * p.c + channel + i] : 0.f;
-        }
-#pragma unroll
-        for (int h = 0; h < 2; ++h)
-            ending.centre[h] =
-                channel < p.c ? T::pack(p.bn[kMean * p.c + channel + 2 * h], p.bn[kMean * p.c + channel + 2 * h + 1])
-                              : 0;
-    }
-    const char* weight = static_cast<const char*>(p.weight) + int64_t{18} * channel0;
-    Taps<T, 1, kPitch> taps;  // stride 1
-    uint32_t diagonal[2][9];  // stride 2
-    if constexpr (kStride == 1)
-        taps.template load<true>(weight, lane, p.c - channel0);
-    else
-        load_diagonals(diagonal, weight, lane, p.c - channel0);
-    // Stride 1: the window's places (0 | 1, k), (2, 0 | 1), (2, 2), tap 8 - place. Stride 2: see below.
-    constexpr int kProducts = kStride == 1 ? 5 : 6;
-    float dw[2][kProducts][4] = {};
-    Sums sums;
-    const bool works = 16 * warp < at.groups * columns;
-    char* dz1_row = static_cast<char*>(p.dz1) + (at.image0 * p.h + at.top * kStride) * y1_bytes;
-    const uint32_t y1_lane = y1s + (16 * warp + (lane >> 2)) * 32 + 8 * (lane & 3);
+    // --- the gradients ---
+    float dw[2][B::kProducts][4] = {};
+    float sums[2][4] = {};                                 // rows 0-7: dz1 (y1 - o) on the diagonal, rows 8-15: dz1
+    const uint32_t tile_at = place(lane & 15, lane >> 4);  // of pixels' halves, four matrices in a tile
+    const uint32_t raw_y1[2] = {kept(mine + B::kY1 + (kNormalise ? place(lane & 15, 0) : tile_at)),
+                                kept(mine + B::kY1 + place(lane & 15, 1))};
+    const Rows keep(mine + B::kY1 + tile_at), leave(mine + B::kLeaving + tile_at);
+    const uint32_t a_at = kept(mine + B::kY1 + tile_at), leaving_t = kept(mine + B::kLeaving + tile_at),
+                   leaving_out = kept(mine + B::kLeaving + place(lane >> 1, half));
 
-    const auto step_1 = [&](int phase) {
-        uint32_t rows[3], a[2][2];
+    // From da at 16 positions: dz1, stored, its sums, and a1 transposed. `k`: of the quad.
+    const auto finish = [&](const float (&da)[2][4], int t, int k, int slot, bool stored, uint64_t to,
+                            uint32_t (&a_t)[4]) {
+        const uint32_t here = (slot * B::kQuad + k) * B::kRawBytes + t * B::kNextTile,
+                       out = k * B::kRawBytes + t * B::kNextTile;
+        uint32_t a[4], dz[4], y1_t[4], mask[4];
+        if constexpr (kNormalise) {
+            load_transposed(y1_t, a_at + here);
 #pragma unroll
-        for (int i = 0; i < 3; ++i) rows[i] = ring + (phase + i) % B::kRing * B::kRowBytes;
-        float da[2][4] = {};
-        if (need_input) taps.convolve(da, rows, c0, 0, lane);
-        char* pixels[2] = {dz1_row + uint64_t{2} * to[0], dz1_row + uint64_t{2} * to[1]};
-        const bool all[2] = {true, true}, writes[2] = {to[0] != kNowhere, to[1] != kNowhere};
-        ending.template finish<false>(da, y1_lane + phase % B::kSlots * B::kVectorRow, all, writes, pixels, need_input,
-                                      read, sums, a);
-        if (!need_weight) return;
-        const bool second_tap = lane & 8;
-        const uint32_t two_rows = (second_tap ? rows[1] : rows[0]) + c0_transposed;
-        const uint32_t third_row = rows[2] + c0_transposed;
-        uint32_t m[4];
+            for (int h = 0; h < 2; ++h) {
+                uint32_t m[4];
+                float z[4];
+                load_matrices(m, raw_y1[h] + here);
+                T::multiply(z, m[0], m[1], m[2], m[3], scale[h][0], scale[h][1], shift[h]);
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
-#pragma unroll
-            for (int k = 0; k < 5; ++k) {
-                const uint32_t from = k < 3 ? two_rows + k * kPitch
-                                            : third_row + (k == 4       ? 2 * kPitch
-                                                           : second_tap ? kPitch
-                                                                        : 0);
-                load_transposed(m, from + 16 * h);
-                T::multiply(dw[h][k], m[0], m[1], m[2], m[3], a[h][0], a[h][1]);
+                for (int r = 0; r < 2; ++r) {
+                    const uint32_t most = cap[t][k % kStride][r];
+                    a[2 * h + r] = T::minimum(T::pack_relu(z[2 * r], z[2 * r + 1]), most);
+                    mask[2 * h + r] = T::inside(T::minimum(T::pack_relu_down(z[2 * r], z[2 * r + 1]), most));
+                }
             }
+        }
+        if (need_input) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                dz[i] = T::pack(da[i / 2][i % 2 * 2], da[i / 2][i % 2 * 2 + 1]);
+                if constexpr (kNormalise) dz[i] &= mask[i];
+            }
+            leave.store(out, dz);
+        }
+        if constexpr (kNormalise) keep.store(here, a);
+        __syncwarp();
+        if (need_weight) load_transposed(a_t, a_at + here);
+        if (!need_input) return;
+        store_if(stored, to, load_shared16(leaving_out + out));
+        if constexpr (kNormalise) {
+            uint32_t dz_t[4];
+            load_transposed(dz_t, leaving_t + out);
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+                T::multiply(sums[h], T::subtract(y1_t[2 * h], centre[h]), ones.x,
+                            T::subtract(y1_t[2 * h + 1], centre[h]), ones.y, dz_t[2 * h], dz_t[2 * h + 1], sums[h]);
+        }
+    };
+
+    // The window's places (row, 0 | 1) and (row, 2), tap 8 - place.
+    const auto work_1 = [&](int t, int phase, int row) {
+        uint32_t m[4], a_t[4];
+        float da[2][4];
+        int lines[3];
+#pragma unroll
+        for (int i = 0; i < 3; ++i) lines[i] = (phase + 2 + i) % B::kRing * B::kRowBytes;
+        if (need_input) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) da[i / 4][i % 4] = 0;
+#pragma unroll
+            for (int i = 0; i < 3; ++i) {
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    load_matrices(m, pair[t][h] + lines[i]);
+                    T::multiply(da[h], m[0], m[1], m[2], m[3], taps[h][3 * i], taps[h][3 * i + 1], da[h]);
+                }
+                load_matrices(m, side[t] + lines[i]);
+                T::multiply(da[0], m[0], m[1], taps[0][3 * i + 2], da[0]);
+                T::multiply(da[1], m[2], m[3], taps[1][3 * i + 2], da[1]);
+            }
+        }
+        finish(da, t, 0, phase % B::kSlots, row < y1_copies[t][0], dz1_to[t], a_t);
+        if (!need_weight) return;
+#pragma unroll
+        for (int i = 0; i < 3; ++i) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                load_transposed(m, pair_t[t][h] + lines[i]);
+                T::multiply(dw[h][i], m[0], m[1], m[2], m[3], a_t[2 * h], a_t[2 * h + 1], dw[h][i]);
+            }
+            // Rows 0-7 are of the first half of the channels, rows 8-15 of the second.
+            load_transposed(m, side_t[t] + lines[i]);
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+                T::multiply(dw[h][3 + i], m[0], m[1], m[2], m[3], a_t[2 * h], a_t[2 * h + 1], dw[h][3 + i]);
+        }
     };
 
     // Position (a, b) of a quad: dy2 of this row and the next, of this column and the next, through taps
     //   (0, 0): 11.  (0, 1): 12, 10 of the next column.  (1, 0): 21, 01 of the next row.
     //   (1, 1): 22, 20 of the next column, 02 of the next row, 00 of both.
-    const auto step_2 = [&](int phase, bool below) {
-        const uint32_t level = ring + phase % B::kRing * B::kRowBytes,
-                       next = ring + (phase + 1) % B::kRing * B::kRowBytes;
-        const uint32_t across = lane >= 16 ? kPitch : 0;
-        const uint32_t level_t = level + c0_transposed + (lane & 8 ? kPitch : 0);
-        const uint32_t next_t = next + c0_transposed + (lane & 8 ? kPitch : 0);
-        const uint32_t y1_here = y1_lane + phase % B::kSlots * B::kPositions * B::kVectorRow;
-        float da[4][2][4] = {};
+    const auto work_2 = [&](int phase, int row) {
+        const int level = (phase + 3) % B::kRing * B::kRowBytes, next = phase * B::kRowBytes;
+        float da[4][2][4];
         if (need_input) {
 #pragma unroll
+            for (int i = 0; i < 32; ++i) da[i / 8][i / 4 % 2][i % 4] = 0;
+#pragma unroll
             for (int h = 0; h < 2; ++h) {
-                const uint32_t (&w)[9] = diagonal[h];
-                uint32_t m[4];
-                load_matrices(m, level + c0 + across + 16 * h);
-                T::multiply(da[0][h], m[0], m[1], w[4]);
-                T::multiply(da[1][h], m[0], m[1], m[2], m[3], w[5], w[3]);
-                T::multiply(da[3][h], m[0], m[1], m[2], m[3], w[8], w[6]);
-                load_matrices(m, next + c0 + across + 16 * h);
-                T::multiply(da[3][h], m[0], m[1], m[2], m[3], w[2], w[0]);
-                load_matrices(m, (lane >= 16 ? next : level) + c0 + 16 * h);
-                T::multiply(da[2][h], m[0], m[1], m[2], m[3], w[7], w[1]);
+                const uint32_t (&w)[9] = taps[h];
+                uint32_t m[4], n[4];
+                load_matrices(m, pair[0][h] + level);
+                load_matrices(n, pair[0][h] + next);
+                T::multiply(da[0][h], m[0], m[1], w[4], da[0][h]);
+                T::multiply(da[1][h], m[0], m[1], m[2], m[3], w[5], w[3], da[1][h]);
+                T::multiply(da[2][h], m[0], m[1], w[7], da[2][h]);
+                T::multiply(da[2][h], n[0], n[1], w[1], da[2][h]);
+                T::multiply(da[3][h], m[0], m[1], m[2], m[3], w[8], w[6], da[3][h]);
+                T::multiply(da[3][h], n[0], n[1], n[2], n[3], w[2], w[0], da[3][h]);
             }
         }
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-            if (k >= 2 && !below) return;
-            const int64_t ahead = (k / 2) * y1_bytes + (k % 2) * 2 * p.c;
-            char* pixels[2] = {dz1_row + ahead + uint64_t{2} * to[0], dz1_row + ahead + uint64_t{2} * to[1]};
-            const bool writes[2] = {to[0] != kNowhere && (k % 2 == 0 || second[0]),
-                                    to[1] != kNowhere && (k % 2 == 0 || second[1])};
-            uint32_t a[2][2];
-            const uint32_t y1_at = y1_here + k * B::kVectorRow;
-            if (k % 2)
-                ending.template finish<true>(da[k], y1_at, second, writes, pixels, need_input, read, sums, a);
-            else
-                ending.template finish<false>(da[k], y1_at, second, writes, pixels, need_input, read, sums, a);
+            if (k == 2 && row >= rows_below) return;
+            uint32_t a_t[4], m[4];
+            finish(da[k], 0, k, phase % B::kSlots, row < y1_copies[0][k % 2],
+                   dz1_to[0] + (k / 2 ? y1_bytes : 0) + (k % 2 ? y1_beside : 0), a_t);
             if (!need_weight) continue;
             // Products 0: 11 | -, 1: 12 | 10, 2: 21 | -, 3: 01 | -, 4: 22 | 20, 5: 02 | 00.
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                uint32_t m[4];
-                load_transposed(m, level_t + 16 * h);
-                T::multiply(dw[h][k == 3 ? 4 : k], m[0], m[1], m[2], m[3], a[h][0], a[h][1]);
+                load_transposed(m, pair_t[0][h] + level);
+                const int into = k == 3 ? 4 : k;
+                T::multiply(dw[h][into], m[0], m[1], m[2], m[3], a_t[2 * h], a_t[2 * h + 1], dw[h][into]);
                 if (k < 2) continue;
-                load_transposed(m, next_t + 16 * h);
-                T::multiply(dw[h][k == 3 ? 5 : 3], m[0], m[1], m[2], m[3], a[h][0], a[h][1]);
+                load_transposed(m, pair_t[0][h] + next);
+                const int too = k == 3 ? 5 : 3;
+                T::multiply(dw[h][too], m[0], m[1], m[2], m[3], a_t[2 * h], a_t[2 * h + 1], dw[h][too]);
             }
         }
     };
 
-#pragma unroll
-    for (int i = 0; i <= B::kLead; ++i) advance(i);
-    __syncthreads();
-    for (int s = 0; s < steps;) {
+    copy(0, 0);
+    const int last = rows + B::kLead;
+    for (int row = 0; row < last;) {  // of dy2
 #pragma unroll
         for (int phase = 0; phase < B::kPeriod; ++phase) {
-            if (works) {
-                if constexpr (kStride == 1)
-                    step_1(phase);
-                else
-                    step_2(phase, 2 * (at.top + s) + 1 < p.h);
-            }
-            if (++s == steps) break;
-            advance(phase + B::kLead + 1);
-            dz1_row += kStride * y1_bytes;
+            wait_copies<0>();
+            __syncwarp();
+            compute_dy(row, phase % B::kSlots, phase);
+            copy(row + 1, (phase + 1) % B::kSlots);
+            // Writes the ring's row that was read before the last barrier at the latest.
             __syncthreads();
+            if (row >= B::kLead) {
+                if constexpr (kStride == 1) {
+                    work_1(0, phase, row - B::kLead);
+                    if (second_out) work_1(B::kTiles - 1, phase, row - B::kLead);
+                } else {
+                    work_2(phase, row - B::kLead);
+                }
+#pragma unroll
+                for (int t = 0; t < B::kTiles; ++t) dz1_to[t] += kStride * y1_bytes;
+            }
+            if (++row == last) break;
         }
     }
     wait_copies<0>();
@@ -356,34 +403,34 @@ __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams
     float* parts = reinterpret_cast<float*>(shared);
     const int n = lane >> 2, e = n & 1;
     if ((lane & 3) == n >> 1) {  // on the diagonal
-        constexpr int kTaps1[5][2] = {{8, 5}, {7, 4}, {6, 3}, {2, 1}, {0, -1}};
         constexpr int kTaps2[6][2] = {{4, -1}, {5, 3}, {7, -1}, {1, -1}, {8, 6}, {2, 0}};
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            float* mine = parts + warp * 11 * 16 + 4 * (n >> 1) + 2 * h + e;
+            float* own = parts + warp * 11 * kSlab + 8 * h + n;
 #pragma unroll
-            for (int k = 0; k < kProducts; ++k)
+            for (int k = 0; k < B::kProducts; ++k)
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    const int tap = kStride == 1 ? kTaps1[k % 5][i] : kTaps2[k][i];
-                    if (tap >= 0) mine[tap * 16] = e ? dw[h][k][2 * i + 1] : dw[h][k][2 * i];
+                    const int place_1 = k < 3 ? 3 * k + i : i == h ? 3 * (k - 3) + 2 : 9;
+                    const int tap = kStride == 1 ? 8 - place_1 : kTaps2[k][i];
+                    if (tap >= 0) own[tap * kSlab] = e ? dw[h][k][2 * i + 1] : dw[h][k][2 * i];
                 }
-            mine[9 * 16] = e ? sums.plain[h][1] : sums.plain[h][0];
-            mine[10 * 16] = e ? sums.low[h][1] + sums.high[h][3] : sums.low[h][0] + sums.high[h][2];
+            own[9 * kSlab] = e ? sums[h][3] : sums[h][2];
+            own[10 * kSlab] = e ? sums[h][1] : sums[h][0];
         }
     }
     __syncthreads();
-    for (int i = tid; i < 9 * 16; i += R::kThreads) {
+    for (int i = tid; i < 9 * kSlab; i += kThreads) {
         const int tap = i % 9, c = channel0 + i / 9;
         if (!need_weight || c >= p.c) continue;
         float total = 0;
-        for (int w = 0; w < kRowWarps; ++w) total += parts[w * 11 * 16 + tap * 16 + i / 9];
+        for (int w = 0; w < kWarps; ++w) total += parts[w * 11 * kSlab + tap * kSlab + i / 9];
         p.dweight[(int64_t{1} * at.part * p.c + c) * 9 + tap] = total;
     }
-    if (kNormalise && need_input && tid < 16 && channel0 + tid < p.c) {
+    if (kNormalise && need_input && tid < kSlab && tid < channels) {
         float plain = 0, centred = 0;
-        for (int w = 0; w < kRowWarps; ++w)
-            plain += parts[w * 11 * 16 + 9 * 16 + tid], centred += parts[w * 11 * 16 + 10 * 16 + tid];
+        for (int w = 0; w < kWarps; ++w)
+            plain += parts[w * 11 * kSlab + 9 * kSlab + tid], centred += parts[w * 11 * kSlab + 10 * kSlab + tid];
         const float mean = p.bn[kMean * p.c + channel0 + tid];
         float* out = p.sums + int64_t{2} * at.part * p.c + channel0 + tid;
         out[0] = plain, out[p.c] = fmaf(T::low(T::pack(mean, mean)) - mean, plain, centred);
@@ -392,41 +439,35 @@ __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams
 
 }  // namespace
 
-#define MBV2_KERNEL(NAME, T, STRIDE, NORMALISE)                                                                    \
-    extern "C" __global__ void __launch_bounds__(128, 2) NAME(const __grid_constant__ DepthwiseBackwardParams p) { \
-        MBV2_BODY((depthwise_backward<T, STRIDE, NORMALISE>(p));)                                                  \
-    }                                                                                                              \
-    MBV2_SHARED(NAME, (Backward<T, STRIDE>::kSharedBytes))
+#define MBV2_KERNEL(NAME, T, STRIDE, NORMALISE)                   \
+    extern "C" __global__ void __launch_bounds__(kThreads, 2)     \
+        NAME(const __grid_constant__ DepthwiseBackwardParams p) { \
+        MBV2_BODY((depthwise_backward<T, STRIDE, NORMALISE>(p));) \
+    }                                                             \
+    MBV2_SHARED(NAME, Backward<STRIDE>::kSharedBytes)
 
-#define MBV2_KERNELS(KIND, T)                                        \
-    MBV2_KERNEL(mbv2_depthwise_backward_##KIND##_s1_x1, T, 1, false) \
-    MBV2_KERNEL(mbv2_depthwise_backward_##KIND##_s2_x1, T, 2, false) \
-    MBV2_KERNEL(mbv2_depthwise_backward_##KIND##_s1_bn1, T, 1, true) \
-    MBV2_KERNEL(mbv2_depthwise_backward_##KIND##_s2_bn1, T, 2, true)
+#define MBV2_KERNELS(KIND, T)                                       \
+    MBV2_KERNEL(mbv2_depthwise_backward_##KIND##_s1_x, T, 1, false) \
+    MBV2_KERNEL(mbv2_depthwise_backward_##KIND##_s2_x, T, 2, false) \
+    MBV2_KERNEL(mbv2_depthwise_backward_##KIND##_s1_bn, T, 1, true) \
+    MBV2_KERNEL(mbv2_depthwise_backward_##KIND##_s2_bn, T, 2, true)
 
 MBV2_KERNELS(float16, Half)
 MBV2_KERNELS(bfloat16, BFloat16)
 
-#define MBV2_CHOICE(KIND)                                                                         \
-    (stride == 1 ? p.bn ? reinterpret_cast<const void*>(&mbv2_depthwise_backward_##KIND##_s1_bn1) \
-                        : reinterpret_cast<const void*>(&mbv2_depthwise_backward_##KIND##_s1_x1)  \
-     : p.bn      ? reinterpret_cast<const void*>(&mbv2_depthwise_backward_##KIND##_s2_bn1)        \
-                 : reinterpret_cast<const void*>(&mbv2_depthwise_backward_##KIND##_s2_x1))
+// By bn or not.
+#define MBV2_CHOICE(KIND, STRIDE)                                                                \
+    {normalise ? reinterpret_cast<const void*>(&mbv2_depthwise_backward_##KIND##_s##STRIDE##_bn) \
+               : reinterpret_cast<const void*>(&mbv2_depthwise_backward_##KIND##_s##STRIDE##_x), \
+     Backward<STRIDE>::kSharedBytes}
 
-const char* launch_depthwise_backward(const DepthwiseBackwardParams& p, DepthwiseType type, int stride,
-                                      cudaStream_t stream) {
-    if (type == kFloat32) return "there is no float32 kernel";
-    const void* kernel = type == kFloat16 ? MBV2_CHOICE(float16) : MBV2_CHOICE(bfloat16);
-    const int bytes = stride == 1 ? Backward<Half, 1>::kSharedBytes : Backward<Half, 2>::kSharedBytes;
-    const int64_t blocks = depthwise_blocks(p.n, p.c, p.cut);
-    if (blocks == 0) return nullptr;
-    if (blocks > INT32_MAX) return "more blocks than a launch can have";
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error == cudaSuccess) {
-        void* arguments[] = {const_cast<DepthwiseBackwardParams*>(&p)};
-        error = cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(128), arguments, bytes, stream);
+DepthwiseKernel depthwise_backward_kernel(DepthwiseType type, int stride, bool normalise) {
+    if (type == kFloat16) {
+        if (stride == 1) return MBV2_CHOICE(float16, 1);
+        return MBV2_CHOICE(float16, 2);
     }
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    if (stride == 1) return MBV2_CHOICE(bfloat16, 1);
+    return MBV2_CHOICE(bfloat16, 2);
 }
 
 }  // namespace cuda

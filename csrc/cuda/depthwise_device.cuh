@@ -1,14 +1,17 @@
-// Pieces of the training depthwise kernels: PTX that C++ has no name for, number formats, and the walk over the input.
+// Pieces of the training depthwise kernels: PTX that C++ has no name for, number formats, and how a launch is cut.
 #pragma once
 
 #include <stdint.h>
 
-#include "depthwise_params.h"
+#include "depthwise_kernels.h"
 
 namespace mbv2 {
 namespace cuda {
 
-constexpr int kRowWarps = 4;        // warps of a block that share a slab's columns
+constexpr int kWarps = 4;  // of a block
+constexpr int kThreads = 32 * kWarps;
+static_assert(kThreads == kDepthwiseThreads);
+constexpr int kSlab = 16;           // channels of a block, 16-bit types
 constexpr uint32_t kNowhere = ~0u;  // an offset of something outside the image
 
 enum BnRow { kMean, kVar, kRstd, kScale, kShift, kCount };
@@ -19,8 +22,11 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-__device__ __forceinline__ void copy_async(uint32_t shared, const void* global) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+// Without a branch around it.
+__device__ __forceinline__ void copy_async_if(bool wanted, uint32_t shared, uint64_t global) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16;}" ::"r"(shared),
+                 "l"(global), "r"(static_cast<uint32_t>(wanted))
+                 : "memory");
 }
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -46,19 +52,9 @@ __device__ __forceinline__ uint4 load_shared16(uint32_t at) {
     return v;
 }
 
-__device__ __forceinline__ uint2 load_shared8(uint32_t at) {
-    uint2 v;
-    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at));
-    return v;
-}
-
 __device__ __forceinline__ void store_shared16(uint32_t at, uint4 v) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
-}
-
-__device__ __forceinline__ void store_shared8(uint32_t at, uint32_t x, uint32_t y) {
-    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(at), "r"(x), "r"(y) : "memory");
 }
 
 // Four 8x8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8.
@@ -76,33 +72,58 @@ __device__ __forceinline__ void load_transposed(uint32_t (&m)[4], uint32_t at) {
                  : "memory");
 }
 
-__device__ __forceinline__ uint32_t transposed(uint32_t m) {
-    uint32_t out;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(m));
-    return out;
+// The same value, in a register: ptxas would compute it, or copy it to where an instruction wants it, at every use.
+// What is the same in all lanes it sees through; such constants go through shared memory.
+__device__ __forceinline__ uint32_t kept(uint32_t value) {
+    uint32_t v;
+    asm volatile("{.reg .b32 lane; mov.u32 lane, %%laneid; shfl.sync.idx.b32 %0, %1, lane, 31, -1;}"
+                 : "=r"(v)
+                 : "r"(value));
+    return v;
 }
+__device__ __forceinline__ float kept(float value) { return __uint_as_float(kept(__float_as_uint(value))); }
+
+// Where a warp stores four 8x8 matrices, two of a tile's first channels and two of the others: addresses of rows as for
+// load_matrices.
+struct Rows {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    uint32_t at;
+    __device__ __forceinline__ explicit Rows(uint32_t at) : at(kept(at)) {}
+    __device__ __forceinline__ void store(uint32_t ahead, const uint32_t (&m)[4]) const {
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at + ahead), "r"(m[0]),
+                     "r"(m[1]), "r"(m[2]), "r"(m[3])
+                     : "memory");
+    }
+#else
+    uint32_t at[2];  // of the first two matrices; the others lie 16 bytes further in their rows, see place
+    __device__ __forceinline__ explicit Rows(uint32_t row) {
+        const int lane = threadIdx.x & 31;
+        for (int i = 0; i < 2; ++i) at[i] = __shfl_sync(~0u, row, 8 * i + (lane >> 2)) + 4 * (lane & 3);
+    }
+    __device__ __forceinline__ void store(uint32_t ahead, const uint32_t (&m)[4]) const {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) store_shared4((at[i & 1] ^ (i & 2 ? 16 : 0)) + ahead, m[i]);
+    }
+#endif
+};
 
 // A store without a branch around it.
-__device__ __forceinline__ void store_if(bool wanted, void* to, uint32_t x, uint32_t y) {
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p st.global.v2.b32 [%0], {%1, %2};}" ::"l"(to), "r"(x), "r"(y),
-                 "r"(static_cast<uint32_t>(wanted))
+__device__ __forceinline__ void store_if(bool wanted, uint64_t to, uint4 v) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p st.global.v4.b32 [%0], {%1, %2, %3, %4};}" ::"l"(to),
+                 "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(static_cast<uint32_t>(wanted))
                  : "memory");
 }
 
-// A constant that the compiler keeps in a register.
-__device__ __forceinline__ uint32_t kept(uint32_t constant) {
-    uint32_t v;
-    asm volatile("mov.b32 %0, %1;" : "=r"(v) : "r"(constant));
-    return v;
+// pointer + elements * two: where the compiler does not know that `two` is 2, the sum stays in one pair of registers.
+__device__ __forceinline__ void walk(uint64_t& pointer, uint32_t elements, uint32_t two) {
+    asm volatile("mad.wide.u32 %0, %1, %2, %0;" : "+l"(pointer) : "r"(elements), "r"(two));
 }
-
-__device__ __forceinline__ float bits_float(uint32_t bits) { return __uint_as_float(bits); }
 
 // --- 16-bit types, two values in a register ------------------------------------------------------------------------
 
 struct Half {
-    static constexpr bool kPacked = true;
     static constexpr uint32_t kOnes = 0x3c003c00u, kSixes = 0x46004600u;
+    static constexpr float kLargest = 65504.f;
     static __device__ __forceinline__ float low(uint32_t v) {
         float f;
         asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(f) : "r"(v));
@@ -123,6 +144,12 @@ struct Half {
         asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
         return v;
     }
+    // Rounded towards zero: what is below 6 stays below it.
+    static __device__ __forceinline__ uint32_t pack_relu_down(float low, float high) {
+        uint32_t v;
+        asm("cvt.rz.relu.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+        return v;
+    }
     // NaN stays NaN.
     static __device__ __forceinline__ uint32_t minimum(uint32_t a, uint32_t b) {
         uint32_t v;
@@ -134,25 +161,36 @@ struct Half {
         asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
         return v;
     }
-    static __device__ __forceinline__ void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                                    uint32_t b0, uint32_t b1) {
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-            "{%0, %1, %2, %3};"
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    // All ones in the halves where 0 < a < 6, or a is NaN; of an a that is clamped to [0, 6].
+    static __device__ __forceinline__ uint32_t inside(uint32_t a) {
+        uint32_t above, below;
+        asm("set.gtu.u32.f16x2 %0, %1, %2;" : "=r"(above) : "r"(a), "r"(0));
+        asm("set.ltu.u32.f16x2 %0, %1, %2;" : "=r"(below) : "r"(a), "r"(kSixes));
+        return above & below;
     }
-    static __device__ __forceinline__ void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
-        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-            : "r"(a0), "r"(a1), "r"(b0));
+    // d = a b + c; a is 16 x 16, b 16 x 8.
+    static __device__ __forceinline__ void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                                    uint32_t b0, uint32_t b1, const float (&c)[4]) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%10, %11, %12, %13};"
+            : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+    }
+    // d = a b + c; a is 16 x 8, b 8 x 8.
+    static __device__ __forceinline__ void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0,
+                                                    const float (&c)[4]) {
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+            "{%7, %8, %9, %10};"
+            : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+            : "r"(a0), "r"(a1), "r"(b0), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
     }
 };
 
 struct BFloat16 {
-    static constexpr bool kPacked = true;
     static constexpr uint32_t kOnes = 0x3f803f80u, kSixes = 0x40c040c0u;
-    static __device__ __forceinline__ float low(uint32_t v) { return bits_float(v << 16); }
-    static __device__ __forceinline__ float high(uint32_t v) { return bits_float(v & 0xffff0000u); }
+    static constexpr float kLargest = 3.3895314e38f;
+    static __device__ __forceinline__ float low(uint32_t v) { return __uint_as_float(v << 16); }
+    static __device__ __forceinline__ float high(uint32_t v) { return __uint_as_float(v & 0xffff0000u); }
     static __device__ __forceinline__ uint32_t pack(float low, float high) {
         uint32_t v;
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
@@ -163,6 +201,13 @@ struct BFloat16 {
         asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
         return v;
     }
+    // Rounded towards zero: what is below 6 stays below it.
+    static __device__ __forceinline__ uint32_t pack_relu_down(float low, float high) {
+        uint32_t v;
+        asm("cvt.rz.relu.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+        return v;
+    }
+    // NaN stays NaN.
     static __device__ __forceinline__ uint32_t minimum(uint32_t a, uint32_t b) {
         uint32_t v;
         asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
@@ -173,158 +218,76 @@ struct BFloat16 {
         asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(v) : "r"(b), "r"(0xbf80bf80u), "r"(a));
         return v;
     }
+    // All ones in the halves where 0 < a < 6, or a is NaN; of an a that is clamped to [0, 6].
+    static __device__ __forceinline__ uint32_t inside(uint32_t a) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+        uint32_t above, below;
+        asm("set.gtu.u32.bf16x2 %0, %1, %2;" : "=r"(above) : "r"(a), "r"(0));
+        asm("set.ltu.u32.bf16x2 %0, %1, %2;" : "=r"(below) : "r"(a), "r"(kSixes));
+        return above & below;
+#else
+        const uint32_t low = a & 0xffff, high = a >> 16, six = kSixes & 0xffff;
+        return (low != 0 && low != six ? 0xffff : 0) | (high != 0 && high != six ? 0xffff0000 : 0);
+#endif
+    }
+    // d = a b + c; a is 16 x 16, b 16 x 8.
     static __device__ __forceinline__ void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                                    uint32_t b0, uint32_t b1) {
+                                                    uint32_t b0, uint32_t b1, const float (&c)[4]) {
         asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-            "{%0, %1, %2, %3};"
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+            "{%10, %11, %12, %13};"
+            : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
     }
-    static __device__ __forceinline__ void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
-        asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-            : "r"(a0), "r"(a1), "r"(b0));
+    // d = a b + c; a is 16 x 8, b 8 x 8.
+    static __device__ __forceinline__ void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0,
+                                                    const float (&c)[4]) {
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+            "{%7, %8, %9, %10};"
+            : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+            : "r"(a0), "r"(a1), "r"(b0), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
     }
 };
 
-struct Single {
-    static constexpr bool kPacked = false;
-    static constexpr uint32_t kOnes = 0;
-};
+// --- matrices in shared memory -------------------------------------------------------------------------------------
 
-// As torch's relu6 on a GPU: NaN stays NaN.
-__device__ __forceinline__ float relu6(float z, float cap = 6.f) {
-    float v;
-    asm("{.reg .f32 t; max.NaN.f32 t, %1, 0f00000000; min.NaN.f32 %0, t, %2;}" : "=f"(v) : "f"(z), "f"(cap));
-    return v;
+// A pixel's 16 channels take 32 bytes. The halves change places with every fourth pixel, so that neither the same half
+// of eight neighbouring pixels nor whole pixels meet in a bank.
+constexpr int kPixelBytes = 2 * kSlab;
+
+__device__ __forceinline__ uint32_t place(unsigned pixel, unsigned half) {
+    return pixel * kPixelBytes + ((half * 16) ^ ((pixel & 4) << 2));
 }
 
-// --- layout of a row in shared memory ------------------------------------------------------------------------------
+// The diagonal 8x8 matrix of value[n], as the second factor of a product: what lane 4 n + n / 2 holds, 0 elsewhere.
+__device__ __forceinline__ uint32_t diagonal(uint32_t bits, int lane) {
+    const int n = lane >> 2;
+    return (lane & 3) != n >> 1 ? 0 : n & 1 ? bits << 16 : bits & 0xffff;
+}
 
-// Activations (or gradients) of a slab, one pixel after the other. 16-bit types: of each 16 channels, first those that
-// are 0 or 1 modulo 4, then the rest, eight each: matrices of the tensor cores in which a lane owns the four
-// neighbouring channels that it stores. A pixel's stride is an odd multiple of 16 bytes, so that eight of them lie in
-// different banks.
-template <class T, int kSlabs>
-struct Row {
-    static constexpr int kItem = T::kPacked ? 2 : 4;
-    static constexpr int kChannels = 16 * kSlabs;
-    static constexpr int kPitch = kChannels * kItem + (T::kPacked ? 16 : 0);
-    static constexpr int kVectors = kChannels * kItem / 16;  // of 16 bytes, a pixel
-    static constexpr int kPerVector = 16 / kItem;
-    static constexpr int kThreads = 32 * kRowWarps * kSlabs;
-    static constexpr int kPixelsAtOnce = kThreads / kVectors;
+// Diagonal matrices of a factor, in two parts of T whose sum is the factor to twice T's precision.
+template <class T>
+__device__ __forceinline__ void split_diagonal(uint32_t (&d)[2], float factor, int lane) {
+    const float bounded = fminf(fmaxf(factor, -T::kLargest), T::kLargest);
+    const uint32_t first = T::pack(bounded, 0.f);
+    d[0] = diagonal(first, lane);
+    d[1] = diagonal(T::pack(fminf(fmaxf(factor - T::low(first), -T::kLargest), T::kLargest), 0.f), lane);
+}
 
-    // Where vector `q` of a pixel starts, and where its second half goes for 16-bit types.
-    static __device__ __forceinline__ uint32_t place(int q) {
-        return T::kPacked ? 32 * (q >> 1) + 8 * (q & 1) : 16 * q;
-    }
-    static __device__ __forceinline__ void put(uint32_t at, uint4 v) {
-        if constexpr (T::kPacked) {
-            store_shared8(at, v.x, v.z);
-            store_shared8(at + 16, v.y, v.w);
-        } else {
-            store_shared16(at, v);
+// Diagonal matrices of the nine taps of 2 x 8 channels; `weight` [channels, 9], `count` of which are there.
+__device__ __forceinline__ void load_taps(uint32_t (&taps)[2][9], const void* weight, int lane, int count, bool flip) {
+    const uint16_t* w = static_cast<const uint16_t*>(weight);
+    const int n = lane >> 2;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const bool there = (lane & 3) == n >> 1 && 8 * h + n < count;
+        const uint16_t* mine = w + (8 * h + n) * 9;
+#pragma unroll
+        for (int t = 0; t < 9; ++t) {
+            const uint32_t value = there ? mine[flip ? 8 - t : t] : 0;
+            taps[h][t] = value << (16 * (n & 1));
         }
     }
-};
-
-// The nine taps of a lane's channels, and the convolution of 16 pixels.
-template <class T, int kStride, int kPitch>
-struct Taps {
-    // 16-bit types, by half of the channels: diagonal matrices of taps (0, kw) and (1, kw), of (2, 0) and (2, 1), of
-    // (2, 2).
-    uint32_t pair[2][4][2], last[2];
-    float tap[T::kPacked ? 1 : 9][4];
-
-    // `weight` [channels, 9] of the warp's 16 channels, `count` of which are there; kFlip: the taps in reverse order.
-    template <bool kFlip>
-    __device__ __forceinline__ void load(const void* weight, int lane, int count) {
-        if constexpr (T::kPacked) {
-            const uint16_t* w = static_cast<const uint16_t*>(weight);
-            const int n = lane >> 2, j = lane & 3;
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int channel = 4 * (n >> 1) + 2 * half + (n & 1);
-                const bool there = j == n >> 1 && channel < count;
-#pragma unroll
-                for (int t = 0; t < 9; ++t) {
-                    const uint32_t value = there ? w[channel * 9 + (kFlip ? 8 - t : t)] : 0;
-                    const uint32_t placed = n & 1 ? value << 16 : value;
-                    if (t < 6)
-                        pair[half][t % 3][t / 3] = placed;
-                    else if (t < 8)
-                        pair[half][3][t - 6] = placed;
-                    else
-                        last[half] = placed;
-                }
-            }
-        } else {
-            const float* w = static_cast<const float*>(weight);
-#pragma unroll
-            for (int t = 0; t < 9; ++t)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int channel = 4 * (lane & 3) + i;
-                    tap[t][i] = channel < count ? w[channel * 9 + (kFlip ? 8 - t : t)] : 0.f;
-                }
-        }
-    }
-
-    // The place of a tap's column, where those of column 0 and (stride 2) column 1 are known.
-    static __device__ __forceinline__ uint32_t column(int kw, uint32_t c0, uint32_t c1) {
-        if (kStride == 1) return c0 + kw * kPitch;
-        return kw == 1 ? c1 : c0 + kw / 2 * kPitch;
-    }
-
-    // 16-bit types: see apply; c0 and c1 are the places of pixel lane % 16. A matrix product takes two taps: the warp's
-    // lower half addresses the first one's pixels, the upper half the second one's.
-    __device__ __forceinline__ void convolve(float (&sums)[2][4], const uint32_t (&rows)[3], uint32_t c0, uint32_t c1,
-                                             int lane) const {
-        const bool upper = lane >= 16;
-        const uint32_t two_rows = upper ? rows[1] : rows[0];
-        const uint32_t third_row = kStride == 1 ? rows[2] + (upper ? kPitch : 0) + c0 : rows[2] + (upper ? c1 : c0);
-        uint32_t a[4];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-#pragma unroll
-            for (int kw = 0; kw < 3; ++kw) {
-                load_matrices(a, two_rows + column(kw, c0, c1) + 16 * half);
-                T::multiply(sums[half], a[0], a[1], a[2], a[3], pair[half][kw][0], pair[half][kw][1]);
-            }
-            load_matrices(a, third_row + 16 * half);
-            T::multiply(sums[half], a[0], a[1], a[2], a[3], pair[half][3][0], pair[half][3][1]);
-        }
-        load_matrices(a, rows[2] + (lane & 16) + column(2, c0, c1));
-        T::multiply(sums[0], a[0], a[1], last[0]);
-        T::multiply(sums[1], a[2], a[3], last[1]);
-    }
-
-    // sums[h][2 r + e] += channel 4 j + 2 h + e of pixel g + 8 r, where lane = 4 g + j. `rows` are the three rows in
-    // shared memory, from the warp's channels on; `first` and `second` the addresses of the tile's places of columns.
-    __device__ __forceinline__ void apply(float (&sums)[2][4], const uint32_t (&rows)[3], uint32_t first,
-                                          uint32_t second, int lane) const {
-        if constexpr (T::kPacked) {
-            const uint32_t c0 = load_shared4(first + 4 * (lane & 15));
-            convolve(sums, rows, c0, kStride == 1 ? 0 : load_shared4(second + 4 * (lane & 15)), lane);
-        } else {
-            const int j = lane & 3, g = lane >> 2;
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const uint32_t c0 = load_shared4(first + 4 * (g + 8 * r)) + 16 * j;
-                const uint32_t c1 = kStride == 1 ? 0 : load_shared4(second + 4 * (g + 8 * r)) + 16 * j;
-#pragma unroll
-                for (int t = 0; t < 9; ++t) {
-                    const uint4 v = load_shared16(rows[t / 3] + column(t % 3, c0, c1));
-                    sums[0][2 * r] = fmaf(bits_float(v.x), tap[t][0], sums[0][2 * r]);
-                    sums[0][2 * r + 1] = fmaf(bits_float(v.y), tap[t][1], sums[0][2 * r + 1]);
-                    sums[1][2 * r] = fmaf(bits_float(v.z), tap[t][2], sums[1][2 * r]);
-                    sums[1][2 * r + 1] = fmaf(bits_float(v.w), tap[t][3], sums[1][2 * r + 1]);
-                }
-            }
-        }
-    }
-};
+}
 
 // The position of a block in the launch. Group `i` of the block is chunk `chunk(i)` of image `image0 + image(i)`.
 struct Place {
@@ -336,7 +299,7 @@ struct Place {
     unsigned chunk0, chunks;
 
     __device__ __forceinline__ Place(const DepthwiseCut& cut, int n, int c, int rows_of_image) {
-        const unsigned slabs = (c + 16 * cut.slabs - 1) / (16 * cut.slabs);
+        const unsigned slabs = (c + kSlab - 1) / kSlab;
         part = blockIdx.x / slabs;
         slab = static_cast<int>(blockIdx.x - part * slabs);
         const unsigned along = part / cut.strips, strip = part - along * cut.strips;
@@ -355,7 +318,7 @@ struct Place {
 // Adds part (n, mean, m2) to a channel's moments, Chan's formula.
 __device__ __forceinline__ void merge_moments(float& count, float& mean, float& m2, float n, float m, float s) {
     const float total = count + n;
-    const float share = total > 0 ? n / total : 0.f;
+    const float share = total > 0 ? __fdividef(n, total) : 0.f;
     const float delta = m - mean;
     m2 += s + delta * delta * count * share;
     mean += delta * share;

@@ -15,10 +15,10 @@ namespace cuda {
 enum DepthwiseType : int32_t { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2 };
 
 // How images are cut: a group is `columns` neighbouring columns of the output (of its gradient) of one image, counted
-// through all images (group p is group p % chunks of image p / chunks); a block takes `groups` of them, a slab of
-// 16 * slabs channels, and walks down `rows` rows.
+// through all images (group p is group p % chunks of image p / chunks); a block takes `groups` of them, a slab of 16
+// channels, and walks down `rows` rows.
 struct DepthwiseCut {
-    int32_t columns, groups, chunks, rows, strips, slabs;
+    int32_t columns, groups, chunks, rows, strips;
 };
 
 // y = depthwise3x3(relu6(bn(x))) with moments; bn null: x as it is. NHWC, C a multiple of 8.
@@ -50,7 +50,7 @@ struct DepthwiseBackwardParams {
 // Blocks of a launch, channel slabs fastest.
 inline int64_t depthwise_blocks(int32_t n, int32_t c, const DepthwiseCut& cut) {
     const int64_t groups = static_cast<int64_t>(n) * cut.chunks;
-    const int64_t slabs = (c + 16 * cut.slabs - 1) / (16 * cut.slabs);
+    const int64_t slabs = (c + 15) / 16;
     return (groups + cut.groups - 1) / cut.groups * cut.strips * slabs;
 }
 

@@ -1,8 +1,9 @@
 """Training's depthwise stages in CUDA C++ (csrc/cuda/depthwise_*.cu): how they are cut, and their launchers.
 
 A block owns 16 channels and walks down a strip of rows of a few groups: a group is up to `columns` neighbouring
-columns of the output, of one image, counted through all images. As in the Triton kernels the cut depends on the shape
-only, so that equal shapes give equal bits on every GPU.
+columns of the output, of one image, counted through all images. In 16-bit types a row of them lies in shared memory; in
+float32 a thread owns a group. As in the Triton kernels the cut depends on the shape only, so that equal shapes give
+equal bits on every GPU.
 """
 
 import ctypes
@@ -17,9 +18,11 @@ from mbv2.kernels import layout
 
 # Channels of a block.
 SLAB = 16
-# Pixels of a row that a block holds in shared memory, halo columns included, by bytes of a value.
-FORWARD_PIXELS = {2: 128, 4: 64}
-BACKWARD_PIXELS = 64
+# Pixels of a row that a block holds in shared memory, halo columns included, by stride; 16-bit types.
+FORWARD_PIXELS = {1: 128, 2: 128}
+BACKWARD_PIXELS = {1: 128, 2: 64}
+# Columns of a group and groups of a block in float32: kColumns and kGroups of csrc/cuda/depthwise_single.cu.
+SINGLE_COLUMNS, SINGLE_GROUPS = 4, 16
 # About three waves of four blocks on each of a hundred multiprocessors; a constant, since the number of parts that
 # statistics are merged from must not depend on the device.
 BLOCKS = 1536
@@ -40,7 +43,6 @@ class Cut(NamedTuple):
     chunks: int
     rows: int
     strips: int
-    slabs: int = 1
 
     def parts(self, n: int) -> int:
         """Blocks that share a slab of channels."""
@@ -48,7 +50,7 @@ class Cut(NamedTuple):
 
 
 _POINTER, _INT = ctypes.c_uint64, ctypes.c_int32
-_SIZES = (*((name, _INT) for name in ("n", "c", "h", "w", "ho", "wo")), ("cut", _INT * 6))
+_SIZES = (*((name, _INT) for name in ("n", "c", "h", "w", "ho", "wo")), ("cut", _INT * 5))
 
 
 class ForwardParams(ctypes.Structure):
@@ -73,19 +75,31 @@ def cut(n: int, c: int, h: int, w: int, stride: int, itemsize: int, backward: bo
     The width of a group and their number are those for which the fewest values are fetched and computed in vain.
     """
     rows, width = (h - 1) // stride + 1, (w - 1) // stride + 1
-    pixels = BACKWARD_PIXELS if backward else FORWARD_PIXELS[itemsize]
+    if itemsize == 4:
+        columns, groups, chunks = SINGLE_COLUMNS, SINGLE_GROUPS, -(-width // SINGLE_COLUMNS)
+    else:
+        columns, groups, chunks = _row(n, c, h, w, stride, backward)
+    blocks = max(1, -(-n * chunks // groups) * -(-c // SLAB))
+    strips = min(max(BLOCKS // blocks, -(-rows // ROWS_AT_MOST), 1), -(-rows // ROWS_AT_LEAST))
+    strip = -(-rows // strips)
+    return Cut(columns, groups, chunks, strip, -(-rows // strip))
+
+
+def _row(n: int, c: int, h: int, w: int, stride: int, backward: bool) -> tuple[int, int, int]:
+    """Columns of a group, groups of a block and groups of an image where rows lie in shared memory."""
+    width = (w - 1) // stride + 1
+    pixels = BACKWARD_PIXELS[stride] if backward else FORWARD_PIXELS[stride]
     # The backward pass goes over positions of the output's gradient, of which at stride 2 it needs the next one too.
     step, around = (1, 3 - stride) if backward else (stride, 3 - stride)
     outputs = pixels // step
     best = None
     for columns in range(1, min(width, outputs) + 1):
         chunks = -(-width // columns)
-        if -(-width // chunks) != columns:
-            continue
         halo = columns * step + around
-        most = max(1, min(pixels // halo, outputs // columns, n * chunks)) if n * h * w * c < _MOST else 1
-        if halo > pixels:
+        # Of 16 neighbouring columns one must be there: its value is the origin of the statistics.
+        if -(-width // chunks) != columns or halo > pixels or chunks * columns - width >= 16:
             continue
+        most = max(1, min(pixels // halo, outputs // columns, n * chunks)) if n * h * w * c < _MOST else 1
         for groups in range(1, most + 1):
             tiles = -(-groups * columns // 16)
             # Tiles are dealt to four warps, which wait for each other at every row.
@@ -95,18 +109,13 @@ def cut(n: int, c: int, h: int, w: int, stride: int, itemsize: int, backward: bo
             if best is None or key < best[0]:
                 best = key, columns, groups, chunks
     assert best is not None
-    _, columns, groups, chunks = best
-    blocks = max(1, -(-n * chunks // groups) * -(-c // SLAB))
-    strips = min(max(BLOCKS // blocks, -(-rows // ROWS_AT_MOST), 1), -(-rows // ROWS_AT_LEAST))
-    strip = -(-rows // strips)
-    return Cut(columns, groups, chunks, strip, -(-rows // strip))
+    return best[1:]
 
 
-def refusal(x: Tensor, backward: bool = False) -> str | None:
-    """Why the forward (backward) kernels cannot take an input [N, C, H, W], or None."""
-    types = _TYPES[:2] if backward else _TYPES
-    if x.dtype not in types:
-        return f"{x.dtype} has no kernel, only {', '.join(str(t).removeprefix('torch.') for t in types)} have"
+def refusal(x: Tensor) -> str | None:
+    """Why the kernels cannot take an input [N, C, H, W], or None."""
+    if x.dtype not in _TYPES:
+        return f"{x.dtype} has no kernel, only {', '.join(str(t).removeprefix('torch.') for t in _TYPES)} have"
     if x.shape[1] % 8:
         return f"{x.shape[1]} channels are no multiple of 8"
     if x.shape[1] * x.shape[3] >= _MOST:
@@ -142,12 +151,12 @@ def depthwise_backward(
     need_input: bool,
     need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """See `mbv2.kernels.aten.depthwise_backward`; float16 and bfloat16 only.
+    """See `mbv2.kernels.aten.depthwise_backward`.
 
     Raises:
         ValueError: `refusal` has a reason.
     """
-    _check(y1, backward=True)
+    _check(y1)
     if not (need_input or need_weight):
         return None, None, None
     if bn1 is None:
@@ -172,8 +181,8 @@ def _added(parts: Tensor, like: Tensor) -> Tensor:
     return out.copy_(parts.sum(0).view(like.shape))
 
 
-def _check(x: Tensor, backward: bool = False) -> None:
-    reason = refusal(x, backward)
+def _check(x: Tensor) -> None:
+    reason = refusal(x)
     if reason is not None:
         raise ValueError(f"the CUDA depthwise kernels cannot take this input: {reason}")
 
@@ -217,7 +226,7 @@ def _launch(
         setattr(params, name, 0 if array is None else array.data_ptr())
     params.n, params.c, params.h, params.w = x.shape
     params.ho, params.wo = y.shape[2:]
-    params.cut = (_INT * 6)(*plan)
+    params.cut = (_INT * 5)(*plan)
     submit(stage, params, arrays, x, stride, plan)
 
 

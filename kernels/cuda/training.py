@@ -1,7 +1,7 @@
 """Training's depthwise stages: a call goes to the CUDA C++ or the Triton kernel, whichever the static budget prefers.
 
 `depthwise_choice.json`, written by `python -m bench.gpu_static report`, says for every architecture, stage, size of a
-value and stride whether the CUDA C++ kernel issues fewer instructions. An architecture that is not listed takes the
+value and stride whether the CUDA C++ kernel is predicted to be faster. An architecture that is not listed takes the
 entry of the next older one. What the CUDA C++ kernels refuse is Triton's as well.
 """
 
@@ -54,6 +54,6 @@ def depthwise_backward(
 
 
 def _takes(stage: str, x: Tensor, stride: int) -> bool:
-    if own.refusal(x, backward=stage.endswith("backward")) is not None:
+    if own.refusal(x) is not None:
         return False
     return chosen(torch.cuda.get_device_capability(x.device), stage, x.dtype.itemsize, stride)
