@@ -8,9 +8,10 @@ GFLOP/s counts the convolutions' multiply-adds twice. GB/s counts what any imple
 and their gradients, each once; a kernel that stores tensors in between moves more and shows a lower figure.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -189,7 +190,8 @@ def _gradients(operator: Operator, out: Tensor, x: Tensor) -> list[Tensor]:
 
 
 def _runner(operator: Operator, which: str, backend: str, x: Tensor) -> Callable[[], object]:
-    ready, x = _prepared(operator, which, x)
+    # Of its own module: a forward pass moves the running statistics that another runner's backward pass has saved.
+    ready, x = _prepared(replace(operator, module=copy.deepcopy(operator.module)), which, x)
     if which == "backward":
         with kernels.backend(backend):
             out = ready.run(x)

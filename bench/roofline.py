@@ -314,7 +314,7 @@ def draw(path: Path, gpus: Sequence[Architecture]) -> None:
         axis.axis("off")
     axes.flat[0].legend(fontsize=7)
     figure.tight_layout()
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=95))
     pyplot.close(figure)
 
 

@@ -136,3 +136,13 @@ def test_plain_torch_alone_is_no_failure(tmp_path: Path) -> None:
     rows = schema.read(tmp_path / "k.json").rows
     assert {row["pass"] for row in rows} == set(bench.PASSES)
     assert all(row["faster"] == 1 and row["gflop_per_s"] > 0 and row["gb_per_s"] > 0 for row in rows)
+
+
+def test_a_runner_s_forward_pass_leaves_what_another_s_backward_pass_has_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(dispatch._backends, "cpu", dispatch.Backend(lambda device, dtype: None, lambda: aten))
+    argv = ["kernels", *SMALL, "--passes", "backward", "--device", "cpu", "--backends", "cpu"]
+    assert cli.main([*argv, "--out", str(tmp_path / "k")]) == 0
+    timed = {(row["operator"].split()[0], row["backend"]) for row in schema.read(tmp_path / "k.json").rows}
+    assert timed == {(name, backend) for name in ("stem", "block", "head") for backend in ("aten", "cpu")}

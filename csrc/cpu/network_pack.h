@@ -18,18 +18,23 @@ void pack_outputs(const float* to, int lanes, int64_t outputs, const float* valu
     }
 }
 
-template <class F, class Weight>
-void pack_pointwise(const Pointwise<Weight>& to, int lanes, int group, int64_t outputs, const float* weights,
-                    const float* values, Weight (*convert)(float)) {
-    Weight* matrix = const_cast<Weight*>(to.weights);
-    const int64_t padded = ceil_div(to.inputs, group) * group;
+// By runs of inputs whose places in a panel stay in L1.
+template <class F, int Group, class Weight, class Convert>
+void pack_pointwise(const Pointwise<Weight>& to, int lanes, int64_t outputs, const float* weights, const float* values,
+                    const Convert& convert) {
+    constexpr int64_t kRun = 64;
+    const int64_t padded = ceil_div(to.inputs, Group) * Group;
     pack_outputs<F>(to.outputs, lanes, outputs, values);
     for (int64_t p = 0; p < to.panels.count; ++p) {
         const int64_t width = to.panels.size(p) * lanes, first = to.panels.first(p) * lanes;
-        for (int64_t o = first; o < std::min(first + width, outputs); ++o) {
-            for (int64_t k = 0; k < to.inputs; ++k) {
-                const int64_t place = (k / group * width + (o - first)) * group + k % group;
-                matrix[first * padded + place] = convert(weights[o * to.inputs + k]);
+        Weight* panel = const_cast<Weight*>(to.weights) + first * padded;
+        for (int64_t begin = 0; begin < to.inputs; begin += kRun) {
+            const int64_t end = std::min(begin + kRun, to.inputs);
+            for (int64_t o = 0; o < std::min(width, outputs - first); ++o) {
+                const float* from = weights + (first + o) * to.inputs;
+                for (int64_t k = begin; k < end; ++k) {
+                    panel[(k / Group * width + o) * Group + k % Group] = convert(from[k]);
+                }
             }
         }
     }
@@ -45,7 +50,7 @@ void pack_stem(const Pointwise<float>& to, int lanes, int64_t outputs, const flo
             ordered[o * kStemInputs + row * 9 + channel * 3 + column] = weights[o * kStemInputs + k];
         }
     }
-    pack_pointwise<F, float>(to, lanes, 1, outputs, ordered.data(), values, [](float value) { return value; });
+    pack_pointwise<F, 1>(to, lanes, outputs, ordered.data(), values, [](float value) { return value; });
 }
 
 template <class F>
@@ -87,7 +92,7 @@ void pack(const Plan& plan, const Kernels<F>& kernels, const float* const* weigh
     std::fill(packed, packed + network.bytes, std::byte{0});
     const int lanes = kernels.lanes;
     const auto pack_one = [&](const typename Network<F>::Conv& to, int64_t outputs, const float* const* from) {
-        pack_pointwise<F>(to, lanes, F::group, outputs, from[0], from[1], F::weight);
+        pack_pointwise<F, F::group>(to, lanes, outputs, from[0], from[1], [](float value) { return F::weight(value); });
     };
     for (int64_t i = 0; i < plan.block_count; ++i, weights += 6) {
         const Block& block = plan.blocks[i];
