@@ -206,13 +206,15 @@ def test_the_memory_of_activations_is_used_again_and_can_be_released() -> None:
     torch.ops.mbv2.cpu_stage_release_memory()
 
 
-def losses(net: nn.Module, backend: str, steps: int, x: Tensor, labels: Tensor, rate: float) -> list[float]:
+def losses(
+    net: nn.Module, backend: str, steps: int, x: Tensor, labels: Tensor, rate: float, count: int = 8
+) -> list[float]:
     net = copy.deepcopy(net)
     optimizer = torch.optim.SGD(net.parameters(), rate, momentum=0.9)
     found = []
     with kernels.backend(backend):
         for i in range(steps):
-            batch = slice(8 * i % len(x), 8 * i % len(x) + 8)
+            batch = slice(count * i % len(x), count * i % len(x) + count)
             loss = nn.functional.cross_entropy(net(x[batch]), labels[batch])
             optimizer.zero_grad()
             loss.backward()
@@ -254,13 +256,18 @@ def test_the_loss_of_200_steps_on_flowers_follows_eager_s_within_noise(shared_da
     x = torch.stack(pictures).view(-1, 48, 48, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
     labels = torch.tensor([folders.index(file.parent.name) for file in files])
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    torch.manual_seed(0)
-    net = mbv2.MobileNetV2(len(folders), 0.35, dropout=0.0).train()
-    mine = losses(net, "cpu", 200, x[order], labels[order], 0.01)
-    theirs = losses(net, "aten", 200, x[order], labels[order], 0.01)
-    means = [[sum(run[i : i + 40]) / 40 for i in range(0, 200, 40)] for run in (mine, theirs)]
-    assert means[0][-1] < means[0][0]
-    torch.testing.assert_close(means[0], means[1], rtol=0.15, atol=0.05)
+    runs = {"cpu": [], "aten": []}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        net = mbv2.MobileNetV2(len(folders), 0.35, dropout=0.0).train()
+        for backend, found in runs.items():
+            found.append(losses(net, backend, 200, x[order], labels[order], 0.01, count=32))
+    # Two runs of one seed part by rounding alone after some dozen steps, so it is seeds that are averaged over.
+    mine, theirs = (torch.tensor(found).view(3, 5, 40).mean((0, 2)) for found in runs.values())
+    assert mine[-1] < 0.5 * mine[0]
+    torch.testing.assert_close(mine[:2], theirs[:2], rtol=0.05, atol=0)
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=0.25)
+    assert float(mine.mean()) == pytest.approx(float(theirs.mean()), rel=0.1)
 
 
 def small(picture: "Image.Image") -> bytes:  # noqa: F821
