@@ -25,6 +25,7 @@ from typing import Any
 
 from bench import fused_counts, gpu_static, plan
 from bench.occupancy import ARCHITECTURES, DRAM_SHARE, ISSUE_SHARE, Architecture
+from bench.pairs import limits, shape_of
 from bench.plan import Block
 from mbv2.errors import UserError
 from mbv2.files import write_atomic
@@ -158,7 +159,7 @@ def fused(gpu: Architecture, blocks: list[Block], batch: int) -> list[Kernel]:
     return [
         kernel
         for block in blocks
-        for kernel in _launches(gpu, block, batch, cuda_fused.plan_for(_shape(block, batch), _limits(gpu)))
+        for kernel in _launches(gpu, block, batch, cuda_fused.plan_for(shape_of(block, batch), limits(gpu)))
     ]
 
 
@@ -167,7 +168,7 @@ def planned(gpu: Architecture, blocks: list[Block], batch: int) -> list[Kernel]:
     return [
         kernel
         for block in blocks
-        for kernel in _launches(gpu, block, batch, cuda_fused.choice_for(_shape(block, batch), _limits(gpu)))
+        for kernel in _launches(gpu, block, batch, cuda_fused.choice_for(shape_of(block, batch), limits(gpu)))
     ]
 
 
@@ -178,7 +179,7 @@ def _launches(
         raise UserError(f"the block {block} cannot be planned for {gpu.gpu}: {plan}")
     known = json.loads(FUSED.read_text())[gpu.name]["float16"]
     counts = {tile: row["counts"] for tile, row in known.items()}
-    shape, e = _shape(block, batch), block.elements
+    shape, e = shape_of(block, batch), block.elements
 
     def kernel(name: str, elements: float, weights: int, instructions: float, blocks: int, launches: int) -> Kernel:
         # The busiest SM has that many times the average; what is left over of a wave keeps others idle.
@@ -197,17 +198,6 @@ def _launches(
     instructions = fused_counts.executed(shape, plan, counts)
     weights = expand + 9 * block.hidden + project
     return [kernel("fused", e["X"] + e["O"], weights, instructions, plan.blocks, 1 + (plan.splits > 1))]
-
-
-def _shape(block: Block, batch: int) -> cuda_fused.Shape:
-    return cuda_fused.Shape(
-        0, batch, block.side, block.side, block.cin, block.hidden, block.cout, block.stride, block.expands,
-        block.residual,
-    )  # fmt: skip
-
-
-def _limits(gpu: Architecture) -> cuda_fused.Gpu:
-    return cuda_fused.Gpu(gpu.number, gpu.processors, gpu.shared_per_block, gpu.shared_per_sm)
 
 
 def peers(blocks: list[Block]) -> dict[str, list[Kernel]]:

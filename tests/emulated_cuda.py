@@ -15,9 +15,11 @@ import torch
 from ptxcpu import Module
 from ptxcpu.build import cache_dir
 from ptxcpu.nvcc import compile_ptx, find_nvcc
+from stage_check import assert_as_good_as_eager
 from torch import Tensor
 
 from mbv2.files import write_atomic
+from mbv2.kernels import aten, layout
 from mbv2.kernels.cuda import fused
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
@@ -170,3 +172,14 @@ def block(cin: int, hidden: int, cout: int, dtype: torch.dtype, expands: bool = 
 
     w1, b1 = (weight(hidden, cin, 1, 1), bias(hidden)) if expands else (None, None)
     return w1, b1, weight(hidden, 1, 3, 3), bias(hidden), weight(cout, hidden, 1, 1), bias(cout)
+
+
+def run(x: Tensor, weights: tuple[Tensor | None, ...], stride: int, residual: bool) -> Tensor:
+    """The stage's result, held against plain torch by the policy of `stage_check`."""
+    got = fused.inverted_residual_folded(x, *weights, stride, residual)
+    eager = aten.inverted_residual_folded(x, *weights, stride, residual)
+    doubled = [t if t is None else t.double() for t in weights]
+    exact = aten.inverted_residual_folded(x.double(), *doubled, stride, residual)
+    assert got.stride() == layout.channels_last(eager).stride() and got.dtype == eager.dtype
+    assert_as_good_as_eager("fused block", got, eager, exact, x.dtype)
+    return got

@@ -4,12 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from emulated_cuda import block, emulated, emulated_launch, wishing  # noqa: F401
+from emulated_cuda import block, emulated, emulated_launch, run, wishing  # noqa: F401
 from ptxcpu.nvcc import find_nvcc
-from stage_check import activations, assert_as_good_as_eager
-from torch import Tensor
+from stage_check import activations
 
-from mbv2.kernels import aten, layout
+from mbv2.kernels import aten
 from mbv2.kernels.cuda import fused, stages
 
 pytest.importorskip("mbv2._C", reason="the planner is not compiled here")
@@ -18,17 +17,6 @@ pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not install
 Launches = list[tuple[fused.Plan, Any]]
 HALF, BFLOAT16, FLOAT = torch.float16, torch.bfloat16, torch.float32
 slow = pytest.mark.slow
-
-
-def run(x: Tensor, weights: tuple[Tensor | None, ...], stride: int, residual: bool) -> Tensor:
-    """The stage's result, held against plain torch by the policy of `stage_check`."""
-    got = fused.inverted_residual_folded(x, *weights, stride, residual)
-    eager = aten.inverted_residual_folded(x, *weights, stride, residual)
-    doubled = [t if t is None else t.double() for t in weights]
-    exact = aten.inverted_residual_folded(x.double(), *doubled, stride, residual)
-    assert got.stride() == layout.channels_last(eager).stride() and got.dtype == eager.dtype
-    assert_as_good_as_eager("fused block", got, eager, exact, x.dtype)
-    return got
 
 
 # dtype, tile, (n, cin, hidden, cout, h, w, stride, residual)

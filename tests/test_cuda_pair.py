@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from emulated_cuda import A100, GPUS, block, emulated, emulated_launch, emulated_product, wishing  # noqa: F401
+from emulated_cuda import A100, GPUS, block, emulated, emulated_launch, emulated_product, run, wishing  # noqa: F401
 from ptxcpu.nvcc import find_nvcc
-from stage_check import activations, assert_as_good_as_eager, relative_error
+from stage_check import activations, relative_error
 from test_cuda_plan import blocks
 from torch import Tensor
 
-from mbv2.kernels import aten, layout
+from mbv2.kernels import aten
 from mbv2.kernels.cuda import fused
 
 pytest.importorskip("mbv2._C", reason="the planner is not compiled here")
@@ -21,17 +21,6 @@ Launches = list[tuple[Any, Any]]
 HALF, BFLOAT16, FLOAT = torch.float16, torch.bfloat16, torch.float32
 slow = pytest.mark.slow
 SHAPE = fused.Shape(0, 1, 9, 11, 24, 72, 24, 1, True, True)
-
-
-def run(x: Tensor, weights: tuple[Tensor | None, ...], stride: int, residual: bool) -> Tensor:
-    """The stage's result, held against plain torch by the policy of `stage_check`."""
-    got = fused.inverted_residual_folded(x, *weights, stride, residual)
-    eager = aten.inverted_residual_folded(x, *weights, stride, residual)
-    doubled = [t if t is None else t.double() for t in weights]
-    exact = aten.inverted_residual_folded(x.double(), *doubled, stride, residual)
-    assert got.stride() == layout.channels_last(eager).stride() and got.dtype == eager.dtype
-    assert_as_good_as_eager("pair", got, eager, exact, x.dtype)
-    return got
 
 
 # dtype, tile of the first and of the second launch, splits, (n, cin, hidden, cout, h, w, stride, residual)
