@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "microkernels.h"
+#include "products_avx2.h"
 
 namespace mbv2::cpu {
 namespace {
@@ -29,34 +30,9 @@ struct Avx2 {
     // The instruction returns its second operand if either is NaN.
     static Type relu6(Type x) { return _mm256_min_ps(_mm256_set1_ps(6.0f), _mm256_max_ps(zero(), x)); }
 
-    // Instructions that name their registers and keep their order: with 15 of 16 in use, GCC otherwise moves sums
-    // about, holds broadcasts that it sees twice, and spills.
-    static void add_products(Type (&sums)[1], const float* x, const Type (&weights)[1]) {
-        Type value;
-        asm volatile(
-            "vbroadcastss %[x], %[value]\n\t"
-            "vfmadd231ps %[w0], %[value], %[s0]"
-            : [s0] "+x"(sums[0]), [value] "=&x"(value)
-            : [x] "m"(*x), [w0] "x"(weights[0]));
-    }
-    static void add_products(Type (&sums)[2], const float* x, const Type (&weights)[2]) {
-        Type value;
-        asm volatile(
-            "vbroadcastss %[x], %[value]\n\t"
-            "vfmadd231ps %[w0], %[value], %[s0]\n\t"
-            "vfmadd231ps %[w1], %[value], %[s1]"
-            : [s0] "+x"(sums[0]), [s1] "+x"(sums[1]), [value] "=&x"(value)
-            : [x] "m"(*x), [w0] "x"(weights[0]), [w1] "x"(weights[1]));
-    }
-    static void add_products(Type (&sums)[3], const float* x, const Type (&weights)[3]) {
-        Type value;
-        asm volatile(
-            "vbroadcastss %[x], %[value]\n\t"
-            "vfmadd231ps %[w0], %[value], %[s0]\n\t"
-            "vfmadd231ps %[w1], %[value], %[s1]\n\t"
-            "vfmadd231ps %[w2], %[value], %[s2]"
-            : [s0] "+x"(sums[0]), [s1] "+x"(sums[1]), [s2] "+x"(sums[2]), [value] "=&x"(value)
-            : [x] "m"(*x), [w0] "x"(weights[0]), [w1] "x"(weights[1]), [w2] "x"(weights[2]));
+    template <int N>
+    static void add_products(Type (&sums)[N], const float* x, const Type (&weights)[N]) {
+        avx2::add_products(sums, x, weights);
     }
 };
 

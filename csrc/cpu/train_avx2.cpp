@@ -4,6 +4,7 @@
 #if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
 
+#include "products_avx2.h"
 #include "train_table.h"
 
 namespace mbv2::cpu::train {
@@ -21,6 +22,10 @@ struct Avx2 {
     static Type add(Type a, Type b) { return _mm256_add_ps(a, b); }
     static Type sub(Type a, Type b) { return _mm256_sub_ps(a, b); }
     static Type mul(Type a, Type b) { return _mm256_mul_ps(a, b); }
+    template <int N>
+    static void add_products(Type (&sums)[N], const float* x, const Type (&weights)[N]) {
+        avx2::add_products(sums, x, weights);
+    }
     // The instruction returns its second operand if either is NaN.
     static Type relu6(Type x) { return _mm256_min_ps(_mm256_set1_ps(6.0f), _mm256_max_ps(zero(), x)); }
     static Type inside(Type x, Type z) {

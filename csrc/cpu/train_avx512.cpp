@@ -21,6 +21,11 @@ struct Avx512 {
     static Type add(Type a, Type b) { return _mm512_add_ps(a, b); }
     static Type sub(Type a, Type b) { return _mm512_sub_ps(a, b); }
     static Type mul(Type a, Type b) { return _mm512_mul_ps(a, b); }
+    template <int N>
+    static void add_products(Type (&sums)[N], const float* x, const Type (&weights)[N]) {
+        const Type value = broadcast(x);
+        for (int v = 0; v < N; ++v) sums[v] = fma(value, weights[v], sums[v]);
+    }
     // The instruction returns its second operand if either is NaN.
     static Type relu6(Type x) { return _mm512_min_ps(_mm512_set1_ps(6.0f), _mm512_max_ps(zero(), x)); }
     static Type inside(Type x, Type z) {

@@ -31,16 +31,26 @@ struct Ring {
     float* pixels(int64_t y) const { return memory + y % 3 * row + V::lanes; }
 };
 
+// What the strips fetch meanwhile: memory of the next strip, and the row that enters the ring next.
+struct Coming {
+    Ahead strip, row;
+
+    void fetch() {
+        strip.fetch();
+        row.fetch();
+    }
+};
+
 // `Count` neighbouring outputs, for all channels; sums of (y - pivot) and of its square are added to s and q. Folded:
-// relu6(y + pivot) instead, and no sums. `ahead` is fetched meanwhile.
+// relu6(y + pivot) instead, and no sums.
 template <class V, class T, int Stride, int Count, bool Folded>
 void depthwise_strip(const float* const rows[3], int64_t plane, const float* weights, int64_t channels, T* out,
-                     const float* pivot, float* s, float* q, Ahead& ahead) {
+                     const float* pivot, float* s, float* q, Coming& coming) {
     const float *above = rows[0], *here = rows[1], *below = rows[2];
     for (int64_t c = 0; c < channels; c += V::lanes, above += plane, here += plane, below += plane) {
         typename V::Type acc[Count];
         MBV2_UNROLL for (int i = 0; i < Count; ++i) acc[i] = V::zero();
-        ahead.fetch();
+        coming.fetch();
         const auto add_row = [&](const float* x, const float* w) __attribute__((always_inline)) {
             const typename V::Type taps[3] = {V::load(w), V::load(w + V::lanes), V::load(w + 2 * V::lanes)};
             MBV2_UNROLL for (int j = 0; j < (Count - 1) * Stride + 3; ++j) {
@@ -76,7 +86,8 @@ void depthwise_strip(const float* const rows[3], int64_t plane, const float* wei
 }
 
 template <class T>
-using Strip = void (*)(const float* const[3], int64_t, const float*, int64_t, T*, const float*, float*, float*, Ahead&);
+using Strip = void (*)(const float* const[3], int64_t, const float*, int64_t, T*, const float*, float*, float*,
+                       Coming&);
 
 // `count` values, whole cache lines, past the caches.
 template <class V, class T>
@@ -127,13 +138,15 @@ void depthwise(const DepthwiseForward<T>& conv, int64_t n, int64_t first, int64_
             activate<V>(conv.x + (n * conv.height + made) * conv.width * channels, conv.bn, conv.width, channels,
                         ring.pixels(made), V::lanes, ring.plane);
         }
+        Coming none, coming;
+        const int64_t more = least(conv.stride, conv.height - made), row = conv.width * channels;
+        coming.row = {conv.x + (n * conv.height + made) * row, more, row, row, strips * ceil_div(channels, V::lanes)};
         const float* rows[3];
         for (int64_t r = 0; r < 3; ++r) rows[r] = ring.at(y * conv.stride + r - 1);
         T* out = conv.y + (n * conv.out_height + y) * width * channels;
         for (int64_t i = 0; i < strips; ++i) {
             const int64_t count = narrow + (i < wider);
-            Ahead none, ahead;
-            if (!stream) ahead = {out + count * channels, 1, count * channels, 0, ceil_div(channels, V::lanes)};
+            if (!stream) coming.strip = {out + count * channels, 1, count * channels, 0, ceil_div(channels, V::lanes)};
             if (statistics && seen == 0) {
                 // The first pixel becomes the pivot.
                 strip[0](rows, ring.plane, conv.weights, channels, out, mean, s, q, none);
@@ -142,7 +155,7 @@ void depthwise(const DepthwiseForward<T>& conv, int64_t n, int64_t first, int64_
                     s[c] = q[c] = 0;
                 }
             }
-            strip[count - 1](rows, ring.plane, conv.weights, channels, stream ? held : out, pivot, s, q, ahead);
+            strip[count - 1](rows, ring.plane, conv.weights, channels, stream ? held : out, pivot, s, q, coming);
             if (stream) stream_out<V>(held, count * channels, out);
             for (int64_t r = 0; r < 3; ++r) rows[r] += count * conv.stride * V::lanes;
             out += count * channels;
@@ -230,15 +243,14 @@ inline __attribute__((always_inline)) void inputs_backward_1(const Lane<V, T>& l
     V::store(lane.centred_sum, centred);
 }
 
-// Inputs [x, x + count) of row y, stride 1. rows: dy2's rows y - 1, y, y + 1, at the column before x. `ahead` is
-// fetched meanwhile.
+// Inputs [x, x + count) of row y, stride 1. rows: dy2's rows y - 1, y, y + 1, at the column before x.
 template <class V, class T, bool Normalised>
 void strip_backward_1(const DepthwiseBackward<T>& conv, const float* const rows[3], int64_t plane, const T* y1, T* dz1,
-                      int64_t count, float* sums, float* dweight, Ahead& ahead) {
+                      int64_t count, float* sums, float* dweight, Coming& coming) {
     const int64_t channels = conv.channels;
     for (int64_t c = 0; c < channels; c += V::lanes) {
         const Lane<V, T> lane(conv, c, sums, dweight);
-        ahead.fetch();
+        coming.fetch();
         const int64_t at = c / V::lanes * plane;
         const float *above = rows[0] + at, *here = rows[1] + at, *below = rows[2] + at;
         const T* from = y1 + c;
@@ -288,11 +300,11 @@ inline __attribute__((always_inline)) void input_backward_2(const Lane<V, T>& la
 // second row of dz1 is `to_line` after the first.
 template <class V, class T, bool Normalised>
 void strip_backward_2(const DepthwiseBackward<T>& conv, const float* const rows[2], int64_t plane, const T* y1, T* dz1,
-                      int64_t to_line, int64_t count, bool both, float* sums, float* dweight, Ahead& ahead) {
+                      int64_t to_line, int64_t count, bool both, float* sums, float* dweight, Coming& coming) {
     const int64_t channels = conv.channels, line = conv.width * channels;
     for (int64_t c = 0; c < channels; c += V::lanes) {
         const Lane<V, T> lane(conv, c, sums, dweight);
-        ahead.fetch();
+        coming.fetch();
         typename V::Type into[9], total = V::load(lane.dz_sum), centred = V::load(lane.centred_sum);
         MBV2_UNROLL for (int t = 0; t < 9; ++t) into[t] = V::load(lane.dweight + t * V::lanes);
         const float *here = rows[0] + c / V::lanes * plane, *next = rows[1] + c / V::lanes * plane;
@@ -340,6 +352,14 @@ void depthwise_backward(const DepthwiseBackward<T>& conv, int64_t n, int64_t fir
             affine<V, T>(conv.dz2 + at, conv.y2 + at, conv.coef2, nullptr, conv.out_width, channels, 0, channels,
                          ring.pixels(made), V::lanes, ring.plane);
         }
+        Coming coming;
+        const int64_t row = conv.out_width * channels, entering = (n * conv.out_height + made) * row;
+        coming.row = {conv.dz2 + entering,
+                      conv.y2 + entering,
+                      made < conv.out_height ? 1 : 0,
+                      row,
+                      row,
+                      ceil_div(conv.width, kBackwardStrip) * ceil_div(channels, V::lanes)};
         for (int64_t x = 0; x < conv.width; x += kBackwardStrip) {
             const int64_t count = conv.width - x < kBackwardStrip ? conv.width - x : kBackwardStrip;
             const int64_t at = ((n * conv.height + y) * conv.width + x) * channels;
@@ -349,18 +369,19 @@ void depthwise_backward(const DepthwiseBackward<T>& conv, int64_t n, int64_t fir
             const int64_t to_line = (stream ? kBackwardStrip : conv.width) * channels;
             // The next strip, at the end of a line that of the next: no hardware follows columns of channels.
             const T* next = x + count < conv.width ? y1 + count * channels : y1 - x * channels + step * line;
-            Ahead ahead(next, stream ? nullptr : conv.dz1 + (next - conv.y1), both ? 2 : 1, count * channels, line,
-                        ceil_div(channels, V::lanes));
+            coming.strip = {next,         stream ? nullptr : conv.dz1 + (next - conv.y1),
+                            both ? 2 : 1, count * channels,
+                            line,         ceil_div(channels, V::lanes)};
             if (step == 1) {
                 const float* rows[3];
                 for (int64_t r = 0; r < 3; ++r) rows[r] = ring.at(y + r - 1) + x * V::lanes;
                 const auto strip = conv.bn1 ? strip_backward_1<V, T, true> : strip_backward_1<V, T, false>;
-                strip(conv, rows, ring.plane, y1, to, count, sums, dweight, ahead);
+                strip(conv, rows, ring.plane, y1, to, count, sums, dweight, coming);
             } else {
                 const float* rows[2];
                 for (int64_t r = 0; r < 2; ++r) rows[r] = ring.at(y / 2 + r) + (x / 2 + 1) * V::lanes;
                 const auto strip = conv.bn1 ? strip_backward_2<V, T, true> : strip_backward_2<V, T, false>;
-                strip(conv, rows, ring.plane, y1, to, to_line, count, both, sums, dweight, ahead);
+                strip(conv, rows, ring.plane, y1, to, to_line, count, both, sums, dweight, coming);
             }
             if (!stream) continue;
             stream_out<V>(held, count * channels, dz1);

@@ -4,7 +4,8 @@
 // nothing of the standard library. V has: lanes; Type; rows[n - 1], how many rows of n accumulators fit the
 // registers; zero, load, store, broadcast, set, fma, add, sub, mul, relu6 (NaN passes), inside(x, z) = x where
 // 0 < z < 6 or z is NaN, else 0; load and store also of bf16; round<T>, to the values that T has; load_part,
-// store_part of the first n lanes; stream, a store past the caches, and fence after a run of them.
+// store_part of the first n lanes; add_products, sums += a value times a row of weights; stream, a store past the
+// caches, and fence after a run of them.
 #pragma once
 
 #include "train.h"
@@ -17,6 +18,8 @@ namespace {
 // Length of a run of products before the sums go back to memory: a panel's share stays in L1.
 constexpr int64_t kRun = 256;
 constexpr int64_t kLine = 64;  // bytes of a cache line
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Rows of one matrix, or of two of one shape, that are read or written soon: a few lines of them are fetched into the
 // second cache before each tile of a product, so that memory works while the arithmetic does.
@@ -69,20 +72,30 @@ void gemm_tile(const float* a, int64_t stride, const float* b, int64_t length, f
             acc[m][v] = accumulate ? V::load(c + m * kWidth + v * V::lanes) : V::zero();
         }
     }
-    const auto step = [&](const float* at, const float* weights) __attribute__((always_inline)) {
-        typename V::Type w[Vectors];
-        MBV2_UNROLL for (int v = 0; v < Vectors; ++v) w[v] = V::load(weights + v * V::lanes);
+    // What lies `stride` apart, by threes: a pointer, and a multiple that x86 adds to it within the instruction.
+    constexpr int kSteps = 4, kPointers = ((Transposed ? kSteps : M) + 2) / 3;
+    const float* at[kPointers];
+    MBV2_UNROLL for (int i = 0; i < kPointers; ++i) at[i] = a + 3 * i * stride;
+    const auto step = [&](int k) __attribute__((always_inline)) {
+        typename V::Type weights[Vectors];
+        MBV2_UNROLL for (int v = 0; v < Vectors; ++v) weights[v] = V::load(b + (k * Vectors + v) * V::lanes);
         MBV2_UNROLL for (int m = 0; m < M; ++m) {
-            const typename V::Type x = V::broadcast(at + (Transposed ? m : m * stride));
-            MBV2_UNROLL for (int v = 0; v < Vectors; ++v) acc[m][v] = V::fma(x, w[v], acc[m][v]);
+            const int far = Transposed ? k : m, near = Transposed ? m : k;
+            V::add_products(acc[m], at[far / 3] + far % 3 * stride + near, weights);
         }
     };
-    const int64_t next = Transposed ? stride : 1;
+    const auto advance = [&](int64_t steps) __attribute__((always_inline)) {
+        b += steps * kWidth;
+        MBV2_UNROLL for (int i = 0; i < kPointers; ++i) {
+            at[i] += steps * (Transposed ? stride : 1);
+            asm("" : "+r"(at[i]));  // GCC would otherwise make an offset of each row, and reload most of them.
+        }
+    };
     int64_t k = 0;
-    for (; k + 4 <= length; k += 4, a += 4 * next, b += 4 * kWidth) {
-        MBV2_UNROLL for (int u = 0; u < 4; ++u) step(a + u * next, b + u * kWidth);
+    for (; k + kSteps <= length; k += kSteps, advance(kSteps)) {
+        MBV2_UNROLL for (int u = 0; u < kSteps; ++u) step(u);
     }
-    for (; k < length; ++k, a += next, b += kWidth) step(a, b);
+    for (; k < length; ++k, advance(1)) step(0);
     MBV2_UNROLL for (int m = 0; m < M; ++m) {
         MBV2_UNROLL for (int v = 0; v < Vectors; ++v) V::store(c + m * kWidth + v * V::lanes, acc[m][v]);
     }

@@ -6,8 +6,6 @@
 namespace mbv2::cpu::train {
 namespace {
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 template <class V, class T>
 void forward(const Forward<T>& conv, int64_t first, int64_t last, float* moments, float* scratch) {
     const int64_t inputs = conv.inputs, outputs = conv.outputs, vectors = ceil_div(outputs, V::lanes);

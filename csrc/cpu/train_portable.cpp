@@ -18,6 +18,11 @@ struct Portable {
     static Type add(Type a, Type b) { return a + b; }
     static Type sub(Type a, Type b) { return a - b; }
     static Type mul(Type a, Type b) { return a * b; }
+    template <int N>
+    static void add_products(Type (&sums)[N], const float* x, const Type (&weights)[N]) {
+        const Type value = broadcast(x);
+        for (int v = 0; v < N; ++v) sums[v] = fma(value, weights[v], sums[v]);
+    }
     static Type relu6(Type x) {
         const Type least = {}, most = least + 6.0f;
         x = x < least ? least : x;
