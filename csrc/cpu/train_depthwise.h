@@ -140,7 +140,7 @@ void depthwise(const DepthwiseForward<T>& conv, int64_t n, int64_t first, int64_
         }
         Coming none, coming;
         const int64_t more = least(conv.stride, conv.height - made), row = conv.width * channels;
-        coming.row = {conv.x + (n * conv.height + made) * row, more, row, row, strips * ceil_div(channels, V::lanes)};
+        coming.row = {conv.x + (n * conv.height + made) * row, more * row, strips * ceil_div(channels, V::lanes)};
         const float* rows[3];
         for (int64_t r = 0; r < 3; ++r) rows[r] = ring.at(y * conv.stride + r - 1);
         T* out = conv.y + (n * conv.out_height + y) * width * channels;

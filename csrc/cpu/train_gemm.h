@@ -38,6 +38,10 @@ class Ahead {
     template <class T>
     Ahead(const T* one, int64_t rows, int64_t values, int64_t stride, int64_t tiles)
         : Ahead(one, static_cast<const T*>(nullptr), rows, values, stride, tiles) {}
+    // `values` side by side, as two halves: memory answers two runs of addresses faster than one.
+    template <class T>
+    Ahead(const T* from, int64_t values, int64_t tiles)
+        : Ahead(from, from + values / 2, 1, ceil_div(values, int64_t{2}), 0, tiles) {}
     void fetch() {
         for (int64_t i = 0; i < each_ && rows_ > 0; ++i) {
             __builtin_prefetch(one_ + at_, 0, 2);
