@@ -5,6 +5,7 @@
 #include <map>
 #include <mutex>
 #include <new>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -39,9 +40,18 @@ void advise(char* memory, int64_t bytes, int64_t page, int advice) {
     const auto last = (reinterpret_cast<uintptr_t>(memory) + bytes) / page * page;
     if (first < last) madvise(reinterpret_cast<void*>(first), last - first, advice);
 }
+
+// The system may take what of a block that is now free, and of its free neighbours, makes whole huge pages: advice on
+// a part would split the page for good.
+void leave(char* memory, int64_t bytes, std::pair<char*, int64_t> around) {
+    char* const first = std::max(around.first, memory - kHugePage + 1);
+    char* const last = std::min(around.first + around.second, memory + bytes + kHugePage - 1);
+    advise(first, last - first, kHugePage, MADV_FREE);
+}
 #endif
 
-void add_free(Pool& here, char* memory, int64_t bytes) {
+// Returns the free range that the block is now part of.
+std::pair<char*, int64_t> add_free(Pool& here, char* memory, int64_t bytes) {
     auto next = here.free.lower_bound(memory);
     if (next != here.free.end() && memory + bytes == next->first) {
         bytes += next->second;
@@ -51,10 +61,10 @@ void add_free(Pool& here, char* memory, int64_t bytes) {
         auto before = std::prev(next);
         if (before->first + before->second == memory) {
             before->second += bytes;
-            return;
+            return *before;
         }
     }
-    here.free.emplace_hint(next, memory, bytes);
+    return *here.free.emplace_hint(next, memory, bytes);
 }
 
 void add_segment(Pool& here, int64_t least) {
@@ -97,12 +107,12 @@ void give_back(void* data) {
     const std::lock_guard<std::mutex> lock(here.mutex);
     const auto block = here.used.find(static_cast<char*>(data));
     const auto [memory, bytes] = *block;
-#if defined(__linux__) && defined(MADV_FREE)
-    advise(memory, bytes, kPage, MADV_FREE);
-#endif
     here.used.erase(block);
     here.state.used -= bytes;
-    add_free(here, memory, bytes);
+    const auto around = add_free(here, memory, bytes);
+#if defined(__linux__)
+    leave(memory, bytes, around);
+#endif
 }
 
 PoolState pool_state() {
