@@ -20,6 +20,7 @@ BENCHES = {
     "cpu_bfloat16": ("bench.cpu_bfloat16", "inference in bfloat16 on a CPU against other runtimes"),
     "cpu_int8": ("bench.cpu_int8", "inference in int8 on a CPU against other runtimes"),
     "cpu_training": ("bench.cpu_training", "training steps on a CPU, with the saved memory, against torchvision's"),
+    "cpu_blocks": ("bench.cpu_blocks", "single blocks' training steps on a CPU, down to a few positions"),
     "loader": ("bench.loader", "our loaders against torchvision's ImageFolder, on JPEG files"),
     "memory": ("bench.memory", "what training saves for the backward pass, and the peak of a step"),
     "cold": ("bench.cold_start", "a fresh process until its first logits, beyond importing torch"),

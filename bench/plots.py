@@ -27,6 +27,7 @@ _DRAWN_BY = {
     "cpu": "bench.plots_cpu",
     "cpu_parts": "bench.plots_cpu",
     "cpu_scaling": "bench.plots_cpu",
+    "cpu_blocks": "bench.plots_cpu",
     "loader": "bench.plots_speed",
     "memory": "bench.plots_speed",
     "cold": "bench.plots_speed",

@@ -14,8 +14,9 @@ _TITLE = {"loc": "left", "fontsize": 8.5, "fontweight": "bold", "color": plots.I
 
 
 def figures(result: Result) -> "dict[str, Figure]":
-    """The picture of a result of cpu, cpu_parts or cpu_scaling, under the suffix ''."""
-    return {"": {"cpu": _peers, "cpu_parts": _parts, "cpu_scaling": _scaling}[result.bench](result)}
+    """The picture of a result of cpu, cpu_parts, cpu_scaling or cpu_blocks, under the suffix ''."""
+    draw = {"cpu": _peers, "cpu_parts": _parts, "cpu_scaling": _scaling, "cpu_blocks": _blocks}[result.bench]
+    return {"": draw(result)}
 
 
 def _peers(result: Result) -> "Figure":
@@ -89,6 +90,26 @@ def _scaling(result: Result) -> "Figure":
     bars(right, entries, "")
     right.set_title("channels_last eager over ours, odd shapes", **_TITLE)
     plots.footnote(figure, result, "One thread, time on the core, medians of interleaved rounds.")
+    return figure
+
+
+def _blocks(result: Result) -> "Figure":
+    """How many times as fast as plain torch each block trains."""
+    figure, (axis,) = plots.new(8.0, 0.26 * len(result.rows) + 1.1)
+    entries = [
+        Bar(
+            f"{row['shape']} to {row['outputs']}, stride {row['stride']}",
+            row["faster"],
+            row["faster_low"],
+            row["faster_high"],
+            f"{row['faster']:.2f} ({row['cpu_min_us']:.0f} us at best)",
+        )
+        for row in result.rows
+    ]
+    bars(axis, entries, "")
+    axis.axvline(1, color=plots.INK, linewidth=0.8)
+    axis.set_title("Blocks in training, times as fast as plain torch in channels_last", **_TITLE)
+    plots.footnote(figure, result, "One thread, time on the core, medians of interleaved rounds, whiskers quartiles.")
     return figure
 
 

@@ -136,7 +136,8 @@ bool agree(const Kernels& kernels, const Shape& shape) {
 
 int main() {
     const Shape shapes[] = {{2, 16, 96, 24, 15, 14, 2}, {3, 5, 19, 7, 9, 13, 2},   {1, 8, 8, 8, 1, 1, 1},
-                            {2, 24, 40, 24, 12, 10, 1}, {1, 72, 520, 72, 7, 9, 1}, {3, 3, 33, 17, 1, 20, 1}};
+                            {2, 24, 40, 24, 12, 10, 1}, {1, 72, 520, 72, 7, 9, 1}, {3, 3, 33, 17, 1, 20, 1},
+                            {3, 24, 99, 24, 12, 9, 1}};
     int runs = 0;
     for (const char* name : {"avx512", "avx2", "portable"}) {
         const Kernels* kernels = nullptr;

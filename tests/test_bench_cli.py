@@ -70,6 +70,13 @@ RESULTS = {
             {"group": "odd shapes", "shape": "3 x 37 x 53", "width": 1.0, **ODD},
         ],
     ),
+    "cpu_blocks": result(
+        "cpu_blocks",
+        [
+            {"shape": f"{n} x 8 x 7 x 7", "outputs": 8, "stride": 1, "cpu_min_us": 400.0, "error": 1e-6, **RATIO}
+            for n in (1, 2)
+        ],
+    ),
     "cpu_training": result(
         "cpu_training",
         [

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cpu, cpu_parts, cpu_peers, cpu_scaling, cpu_training, schema
+from bench import cpu, cpu_blocks, cpu_parts, cpu_peers, cpu_scaling, cpu_training, schema
 from bench.schema import Row
 from mbv2 import optimized
 from mbv2.kernels import cpu_network
@@ -108,6 +108,31 @@ def test_training_steps_are_checked_timed_and_their_memory_counted(tmp_path: Pat
     assert rows["mbv2"]["saved_mib_per_image"] < rows["eager NCHW"]["saved_mib_per_image"]
     assert rows["eager channels_last"]["faster"] == 1
     assert (tmp_path / "t.png").is_file()
+
+
+@compiled
+def test_blocks_are_checked_and_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    blocks = (cpu_blocks.Block(2, 8, 16, 5, 3, 2), cpu_blocks.Block(3, 8, 8, 1, 1, 1, 1))
+    monkeypatch.setattr(cpu_blocks, "BLOCKS", blocks)
+    assert cpu_blocks.main(["--seconds", "0", "--out", str(tmp_path / "b")]) == 0
+    rows = schema.read(tmp_path / "b.json").rows
+    assert [row["shape"] for row in rows] == ["2 x 8 x 5 x 3", "3 x 8 x 1 x 1"]
+    assert all(row["rounds"] == 5 and row["cpu_min_us"] > 0 and row["eager_min_us"] > 0 for row in rows)
+    assert (tmp_path / "b.png").is_file()
+
+
+@compiled
+@pytest.mark.parametrize("broken", [1.01, float("nan")])
+def test_a_block_with_a_wrong_gradient_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], broken: float
+) -> None:
+    from mbv2.kernels.cpu import stages
+
+    right = stages.expand_backward
+    monkeypatch.setattr(stages, "expand_backward", lambda *a: tuple(broken * g for g in right(*a)))
+    monkeypatch.setattr(cpu_blocks, "BLOCKS", (cpu_blocks.Block(2, 8, 16, 5, 3, 2),))
+    assert cpu_blocks.main(["--seconds", "0"]) == 1
+    assert "left out: mbv2 at 2 x 8 x 5 x 3 to 16, stride 2: wrong result" in capsys.readouterr().out
 
 
 def test_a_runner_that_is_far_slower_than_ours_is_not_timed_again() -> None:

@@ -116,12 +116,13 @@ def test_a_stage_agrees_with_plain_torch_on_the_first_use_check(isa: str, name: 
 
 
 # (n, cin, hidden, cout, h, w, stride): a block of the network with a shortcut; channels that fill no vector, several
-# tiles of rows; a picture of one pixel; weights beyond what one pass keeps in a cache.
+# tiles of rows; a picture of one pixel; weights beyond what one pass keeps in a cache, for few rows and for more.
 SHAPES = [
     (2, 24, 72, 24, 14, 13, 1),
     (3, 5, 19, 7, 27, 33, 2),
     (3, 8, 8, 8, 1, 1, 1),
     (2, 72, 520, 72, 5, 4, 1),
+    (3, 72, 920, 72, 10, 9, 1),
 ]
 
 
@@ -208,7 +209,7 @@ def test_weight_gradients_have_the_weight_s_strides(layout: torch.memory_format)
 @TYPES
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e-41])
 def test_special_values_spread_as_in_eager(isa: str, dtype: torch.dtype, value: float) -> None:
-    for stage, arguments in calls(2, 8, 24, 8, 6, 7, 1, dtype):
+    for stage, arguments in (*calls(2, 8, 24, 8, 6, 7, 1, dtype), *calls(2, 8, 24, 8, 12, 13, 1, dtype)):
         given_arguments = list(arguments)
         first = next(i for i, a in enumerate(arguments) if isinstance(a, Tensor) and a.dim() == 4)
         broken = arguments[first].clone(memory_format=torch.preserve_format)

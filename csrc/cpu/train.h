@@ -87,6 +87,15 @@ struct PointwiseBackward {
     int64_t inputs, outputs;
 };
 
+// A 1x1 weight where it lies, [outputs][inputs] with dense rows, `stride` apart, and where its gradient goes, likewise;
+// null: not wanted.
+template <class T>
+struct InPlace {
+    const T* weight;
+    T* gradient;
+    int64_t stride;
+};
+
 // y = depthwise 3x3 of relu6(bn(x)), or of x as it is, padding 1; and y's moments, or with a bias relu6(y + bias).
 template <class T>
 struct DepthwiseForward {
@@ -142,6 +151,14 @@ struct Tasks {
     void (*depthwise_backward)(const DepthwiseBackward<T>&, int64_t n, int64_t first, int64_t last, float* sums,
                                float* dweight, float* scratch);
     void (*folded)(const Folded<T>&, int64_t first, int64_t last, float* scratch);
+    // All of few rows, with weights where they lie (train_few_rows.h): panels [begin, end) of outputs, hidden channels,
+    // inputs. moments and sums are written for these, but not the counts.
+    void (*forward_few)(const Forward<T>&, const InPlace<T>&, int64_t rows, int64_t begin, int64_t end, float* moments,
+                        float* scratch);
+    void (*project_backward_few)(const ProjectBackward<T>&, const InPlace<T>&, int64_t rows, int64_t begin, int64_t end,
+                                 float* sums, float* scratch);
+    void (*expand_backward_few)(const PointwiseBackward<T>&, const InPlace<T>&, int64_t rows, int64_t begin,
+                                int64_t end, float* scratch);
 
     // Elementwise on rows [first, last) of C channels.
     void (*bn_apply)(const T* y, const float* bn, const T* residual, bool relu6, int64_t channels, int64_t first,
@@ -179,6 +196,13 @@ constexpr int64_t forward_scratch(int64_t inputs) { return kRows * (tile_stride(
 constexpr int64_t project_backward_scratch(int64_t outputs) { return kRows * (tile_stride(outputs) + 2 * kPanel); }
 constexpr int64_t pointwise_backward_scratch(int64_t inputs) {
     return kRows * (tile_stride(kChunk) + 2 * (padded(inputs) + kPanel));
+}
+// The last: a panel's rows of a weight in bfloat16, as floats.
+constexpr int64_t forward_few_scratch(int64_t rows, int64_t inputs) {
+    return (rows + kPanel) * (tile_stride(inputs) + kPanel) + inputs * kPanel;
+}
+constexpr int64_t backward_few_scratch(int64_t rows, int64_t outputs) {
+    return rows * (tile_stride(outputs) + 2 * kPanel) + outputs * kPanel;
 }
 constexpr int64_t depthwise_scratch(int64_t channels, int64_t width) {
     // The ring, sums of two kinds, and a strip of 2 x 16 results on their way out.

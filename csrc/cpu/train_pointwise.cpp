@@ -1,5 +1,5 @@
 // Stages that are matrix products: expand, project, stem, the head, and their backward passes.
-#include "train_work.h"
+#include "train_few_work.h"
 
 namespace mbv2::cpu::train {
 namespace {
@@ -87,6 +87,7 @@ void pointwise(const Machine& machine, const T* x, const float* bn, const Weight
     Forward<T> conv = {};
     conv.x = x;
     conv.y = y;
+    if (few_rows(weight, rows)) return forward_few(machine, conv, bn, weight, rows, moments);
     forward(machine, conv, bn, weight, rows, moments);
 }
 
@@ -110,6 +111,10 @@ void project_backward(const Machine& machine, const T* grad, const T* y3, const 
     float* wide_bn = constants + 3 * padded(outputs);
     pad(coef3, 3, outputs, constants);
     pad(bn2, 6, hidden, wide_bn);
+    if (few_rows(weight, rows)) {
+        const ProjectBackward<T> conv = {grad, y3, constants, nullptr, y2, wide_bn, dz2, hidden, outputs, false};
+        return project_backward_few(machine, conv, weight, rows, sums, dweight);
+    }
     const int64_t floats = panels_floats(weight, Along::inputs, lanes);
     const float* packed = nullptr;
     if (dz2 != nullptr) {
@@ -148,6 +153,7 @@ void expand_backward(const Machine& machine, const T* dz1, const T* y1, const fl
     conv.dx = dx;
     conv.inputs = weight.inputs;
     conv.outputs = weight.outputs;
+    if (few_rows(weight, rows)) return expand_backward_few(machine, conv, coef1, weight, rows, dweight);
     backward(machine, conv, coef1, nullptr, dx == nullptr ? nullptr : &weight, rows, dweight);
 }
 

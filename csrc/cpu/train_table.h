@@ -2,7 +2,7 @@
 #pragma once
 
 #include "train_depthwise.h"
-#include "train_pointwise.h"
+#include "train_few_rows.h"
 #include "train_stream.h"
 
 namespace mbv2::cpu::train {
@@ -16,6 +16,9 @@ constexpr Tasks<T> tasks_of() {
             depthwise<V, T>,
             depthwise_backward<V, T>,
             folded<V, T>,
+            forward_few<V, T>,
+            project_backward_few<V, T>,
+            expand_backward_few<V, T>,
             bn_apply<V, T>,
             bn_sums<V, T>,
             pool<V, T>,
