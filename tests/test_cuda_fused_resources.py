@@ -120,7 +120,9 @@ def test_the_committed_figures_are_of_the_predicted_gpus_and_without_fault() -> 
             assert all(row["local_memory"] == 0 for row in tiles.values()), (arch, name)
 
 
+# Compiling a type for an architecture takes minutes on a busy machine.
 @slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     ("dtype", "arch"),
     [(torch.float16, 90), *((dtype, 120) for dtype in resources_cuda.NAMES), (torch.bfloat16, 80), (torch.float32, 80)],
