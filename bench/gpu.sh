@@ -6,6 +6,7 @@
 # --steps: some of build,gputests,tests,kernels,model,predictions,tiles (all of them, in this order, where it is not given).
 # --dry-run goes through the same steps on the CPU with tiny pictures; no time it writes means anything.
 set -euo pipefail
+here=$PWD
 cd "$(dirname "$0")/.."
 
 all=build,gputests,tests,kernels,model,predictions,tiles
@@ -14,7 +15,7 @@ usage() { echo "bench/gpu.sh: $1" >&2; exit 2; }
 while [ $# -gt 0 ]; do
     case $1 in
         --out | --batch | --dtypes | --steps) [ $# -ge 2 ] || usage "$1 needs a value" ;;&
-        --out) out=$2; shift 2 ;;
+        --out) [[ $2 == /* ]] && out=$2 || out=$here/$2; shift 2 ;;
         --batch) batch=$2; shift 2 ;;
         --dtypes) dtypes=$2; shift 2 ;;
         --steps) steps=$2; shift 2 ;;
@@ -25,8 +26,17 @@ done
 for name in ${steps//,/ }; do
     [[ ,$all, == *,$name,* ]] || usage "unknown step $name; there are ${all//,/, }"
 done
+[[ $batch =~ ^[1-9][0-9]*$ ]] || usage "--batch $batch is no number of pictures"
+for name in $dtypes; do
+    [[ " float16 bfloat16 float32 " == *" $name "* ]] || usage "unknown type $name; there are float16, bfloat16, float32"
+done
 python=${PYTHON:-.venv/bin/python}
 [ -x "$(command -v "$python")" ] || python=python3
+needed="hypothesis matplotlib pytest torch torchvision triton"
+if ! "$python" -c "import sys; from importlib.util import find_spec as find; sys.exit(not all(map(find, '$needed'.split())))"; then
+    echo "bench/gpu.sh: $python has not all packages of the tests and benches; make setup puts them into .venv" >&2
+    exit 2
+fi
 
 if [ ${#dry[@]} -eq 0 ] && ! "$python" -W ignore -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "bench/gpu.sh: torch sees no GPU here; run it on a machine with one, or rehearse it with --dry-run" >&2

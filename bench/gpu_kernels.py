@@ -5,8 +5,9 @@
 Writes kernels.json, kernels.md and kernels.png (GB/s reached, each tensor counted once, against the DRAM of that kind).
 Backends are the kernels in CUDA C++ (depthwise stages, the whole block for inference), Triton's (inference of a block
 in two launches) and plain torch, whose blocks for inference are one operator after the other. A stage whose result
-differs from plain torch's in float32 on at most 32 pictures is listed as wrong and not timed. torch computes float32
-without tf32, as the kernels do. --dry-run: tiny pictures, one call a stage, bfloat16, the kernels' PTX run by the CPU.
+differs from plain torch's in float32 on at most 32 pictures is listed as wrong and not timed; a kernel of ours that is
+wrong or fails makes the exit status 1. torch computes float32 without tf32, as the kernels do. --dry-run: tiny
+pictures, one call a stage, bfloat16, the kernels' PTX run by the CPU.
 """
 
 import argparse
@@ -35,6 +36,10 @@ MOST_ERROR = {torch.float16: 0.03, torch.bfloat16: 0.1}
 CHECKED = 32
 DTYPES = ("float16", "bfloat16", "float32")
 Stages = dict[str, Callable[[str], Callable[..., Any] | None]]
+
+
+class NoPlan(Exception):
+    """The planner has no launch of this kind for a block: nothing to time, and nothing wrong."""
 
 
 def filled(args: Sequence[Any], device: torch.device) -> list[Any]:
@@ -67,8 +72,12 @@ def measure(
     rows, left_out = [], {}
     with Progress(len(calls), "kernels", "stages") as progress:
         for call, small in calls:
-            given = filled(small.args, device)
-            expected = getattr(aten, call.stage)(*[a.float() if _half(a) else a for a in given])
+            try:
+                given = filled(small.args, device)
+                expected = getattr(aten, call.stage)(*[a.float() if _half(a) else a for a in given])
+            except Exception as failure:  # as below: after some errors a GPU answers nothing any more
+                left_out[f"aten: {_dtype_of(call)} {call}"] = _failed(failure)
+                continue
             args = None
             for backend, stage_of in backends.items():
                 stage = stage_of(call.stage)
@@ -83,8 +92,11 @@ def measure(
                     args = filled(call.args, device) if args is None else args
                     size = _bytes([*args, *_tensors(stage(*args))])
                     times = gpu_timing.seconds(partial(stage, *args), device, runs)
-                except (RuntimeError, ValueError) as failure:
-                    left_out[label] = f"failed: {(str(failure).splitlines() or [type(failure).__name__])[0]}"
+                except NoPlan as reason:
+                    left_out[label] = f"no plan: {reason}"
+                    continue
+                except Exception as failure:  # errors of compilers and drivers have no common type
+                    left_out[label] = _failed(failure)
                     continue
                 rate = size / times["median_s"] / 1e9
                 row = {"stage": str(call), "backend": backend, "dtype": _dtype_of(call), "bytes": size}
@@ -131,14 +143,14 @@ def _block(
     """The block in CUDA C++ and nothing in its place, in one launch (0), as a pair (1) or as the planner prefers.
 
     Raises:
-        ValueError: the planner has no such plan for it.
+        NoPlan: the planner has no such plan for it.
     """
     from mbv2.kernels.cuda import fused
 
     wish = {} if cut is None else {"cut": cut}
     plan = fused.choice_for(fused.shape_of(x, w1, wd, w3, *rest), fused.gpu_of(x.device), **wish)
     if isinstance(plan, str):
-        raise ValueError(plan)
+        raise NoPlan(plan)
     return fused.run(plan, x, (w1, wd, w3, b1, bd, b3), *rest)
 
 
@@ -224,7 +236,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_atomic(options.out / "kernels.md", as_markdown(document).encode())
     draw(document, options.out / "kernels.png")
     print(f"{len(rows)} timings, {len(left_out)} left out, in {options.out}")
-    return 1 if any(reason.startswith("wrong") for reason in left_out.values()) else 0
+    ours = {name: reason for name, reason in left_out.items() if not name.startswith("aten")}
+    faults = [f"{name}: {reason}" for name, reason in ours.items() if reason.startswith(("wrong", "failed"))]
+    print(*faults, sep="\n", end="\n" * bool(faults), file=sys.stderr)
+    return 1 if faults else 0
+
+
+def _failed(failure: Exception) -> str:
+    return f"failed: {(str(failure).splitlines() or [type(failure).__name__])[0]}"
 
 
 def _dtype_of(call: workload.Call) -> str:

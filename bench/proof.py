@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bench import resources, traffic
+from mbv2.files import write_atomic
 from mbv2.kernels import aten, selfcheck
 from mbv2.kernels.triton import support
 
@@ -108,8 +109,8 @@ def main() -> int:
         print(problem, file=sys.stderr)
     if problems:
         return 1
-    (RESULTS / "proof.json").write_text(json.dumps(table, indent=1) + "\n")
-    (RESULTS / "proof.md").write_text(as_markdown(table))
+    write_atomic(RESULTS / "proof.json", (json.dumps(table, indent=1) + "\n").encode())
+    write_atomic(RESULTS / "proof.md", as_markdown(table).encode())
     print(as_markdown(table))
     return 0
 

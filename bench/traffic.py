@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from bench import plan
 from bench.plan import Block
+from mbv2.files import write_atomic
 from mbv2.kernels import block as block_stages
 from mbv2.kernels.layout import channels_last
 from mbv2.kernels.triton import support, tuning
@@ -339,7 +340,7 @@ def main() -> int:
     found = faults(blocks, measured)
     print("\n" + "\n".join(found or ["the plan is met"]))
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(report(blocks, measured), indent=1) + "\n")
+    write_atomic(options.json, (json.dumps(report(blocks, measured), indent=1) + "\n").encode())
     return 1 if found else 0
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from bench import planner
 from bench.occupancy import ARCHITECTURES
 from bench.workload import Call
+from mbv2.files import write_atomic
 from mbv2.kernels.triton import tuning
 
 
@@ -60,7 +61,7 @@ def measured(kernel: str, calls: Iterable[tuple[dict[str, int], Call]], device: 
 def write(folder: Path, kernel: str, entries: list[dict[str, Any]]) -> None:
     """Make `folder`/`kernel`.json the table with these entries for the architecture of the GPU."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{kernel}.json").write_text(planner.formatted({tuning.architecture(): entries}))
+    write_atomic(folder / f"{kernel}.json", planner.formatted({tuning.architecture(): entries}).encode())
 
 
 def _seconds(kernel: str, meta: dict[str, int], stage: str, args: list[Any]) -> float:

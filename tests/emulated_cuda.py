@@ -41,7 +41,8 @@ def module(element: int, tile: int | None, kind: str = "fused") -> Module:
     source = SOURCES / f"{kind}_{NAMES[element]}.cu"
     known = hashlib.sha256(f"{tile} {_nvcc_version()}".encode())
     headers = {"fused": ("fused_*.*h",), "product": ("fused_params.h", "fused_tensor.cuh", "product*.*h")}[kind]
-    for file in (source, *sorted(path for name in headers for path in SOURCES.glob(name))):
+    shared = SOURCES / "element_kernels.cuh"
+    for file in (source, shared, *sorted(path for name in headers for path in SOURCES.glob(name))):
         known.update(file.read_bytes())
     kept = cache_dir() / f"{kind}_{known.hexdigest()[:32]}.ptx"
     if not kept.exists():

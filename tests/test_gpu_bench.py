@@ -18,10 +18,13 @@ ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
 
-def _bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+def _bench(
+    *arguments: str, folder: Path = ROOT, python: str = sys.executable, **more: str
+) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHON": python, "CUDA_VISIBLE_DEVICES": "", **more}
+    script = str(ROOT / "bench" / "gpu.sh")
     return subprocess.run(
-        ["bash", "bench/gpu.sh", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200
+        ["bash", script, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=1200
     )
 
 
@@ -42,7 +45,33 @@ def test_unknown_option_is_one_sentence_and_exit_status_2() -> None:
     assert done.returncode == 2 and "unknown option --fast" in done.stderr
 
 
+@pytest.mark.parametrize("arguments", [("--batch", "0"), ("--batch", "many"), ("--dtypes", "float16 half"), ("--out",)])
+def test_a_value_that_no_step_could_use_is_one_sentence_and_exit_status_2(arguments: tuple[str, ...]) -> None:
+    done = _bench("--dry-run", *arguments)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "half" in done.stderr if "--dtypes" in arguments else arguments[0] in done.stderr
+
+
+def test_packages_that_are_missing_are_one_sentence_and_exit_status_2(tmp_path: Path) -> None:
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -I "$@"\n')
+    bare.chmod(0o755)
+    done = _bench("--dry-run", python=str(bare))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "make setup" in done.stderr
+
+
+def test_a_failed_step_stops_no_other_and_a_relative_folder_is_the_callers(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] || { echo "$2" >>"$LOG"; exit 1; }\n')
+    python.chmod(0o755)
+    done = _bench("--dry-run", "--out", "here", folder=tmp_path, python=str(python), LOG=str(tmp_path / "log"))
+    assert done.returncode == 1 and "failed: kernels model predictions" in done.stderr
+    assert (tmp_path / "log").read_text().split() == ["bench.gpu_kernels", "bench.gpu_model", "bench.roofline"]
+    assert (tmp_path / "here" / "roofline.txt").exists()
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_rehearsal_goes_through_every_step_and_writes_every_file(tmp_path: Path) -> None:
     done = _bench("--dry-run", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr[-2000:]
@@ -105,6 +134,48 @@ def test_a_failing_backend_is_listed_with_its_message_and_the_others_are_timed(c
     size = sum(t.numel() * t.element_size() for t in (*call.args[:3], y, moments) if isinstance(t, Tensor))
     assert rows[0]["bytes"] == size
     assert rows[0]["gb_per_s"] == pytest.approx(size / rows[0]["median_s"] / 1e9)
+
+
+def test_a_gpu_that_answers_nothing_any_more_leaves_a_document(
+    call: workload.Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dead(*args: object) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(aten, "depthwise", dead)
+    rows, left_out = gpu_kernels.measure([(call, call)], {"aten": lambda stage: dead}, CPU, 2)
+    assert not rows and list(left_out.values()) == ["failed: an illegal memory access was encountered"]
+
+
+@pytest.mark.parametrize(
+    ("left_out", "status"),
+    [
+        ({"triton: stem": "failed: out of resource"}, 1),
+        ({"cuda: depthwise": "wrong: error 1.00e+00"}, 1),
+        ({"cuda, pair: block": "no plan: the hidden tensor is too large", "aten: stem": "failed: no memory"}, 0),
+    ],
+    ids=("failed", "wrong", "none of ours"),
+)
+def test_kernels_exit_status_tells_of_our_faults_alone(
+    left_out: dict[str, str], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_kernels, "measure", lambda *args: ([], left_out))
+    monkeypatch.setattr(gpu_kernels, "backends", lambda dry_run: ({}, {}))
+    monkeypatch.setattr(gpu_kernels, "draw", lambda *args: None)
+    assert gpu_kernels.main(["--dry-run", "--out", str(tmp_path)]) == status
+    assert json.loads((tmp_path / "kernels.json").read_text())["left_out"] == left_out
+
+
+@pytest.mark.parametrize(("way", "status"), [("mbv2 optimized, CUDA graph", 1), ("TensorRT", 0)])
+def test_networks_exit_status_tells_of_our_faults_alone(
+    way: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_model, "measure", lambda *args: ([], {way: "failed"}))
+    monkeypatch.setattr(gpu_model, "inference", lambda *args: ({}, {}))
+    monkeypatch.setattr(gpu_model, "training", lambda *args: ({}, {"torch.compile": "dry run"}))
+    assert gpu_model.main(["--dry-run", "--out", str(tmp_path)]) == status
+    parts = json.loads((tmp_path / "model.json").read_text())["parts"]
+    assert [part["left_out"][way] for part in parts] == ["failed"] * 2
 
 
 def test_a_network_that_predicts_something_else_is_not_timed() -> None:

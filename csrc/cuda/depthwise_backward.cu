@@ -11,34 +11,12 @@
 //
 // The mask is that of bn1(y1) in float32, but for values below the type's smallest, which it takes for zero. sums: of
 // dz1, and of dz1 (y1 - o) with o the mean rounded to the activations' type, which is put right at the end.
-#include "depthwise_device.cuh"
+#include "depthwise_backward.cuh"
 #include "depthwise_kernels.h"
 
 namespace mbv2 {
 namespace cuda {
 namespace {
-
-template <int kStride>
-struct Backward {
-    static constexpr int kTiles = kStride == 1 ? 2 : 1;       // of 16 positions, a warp
-    static constexpr int kPixels = 16 * kWarps * kTiles;      // of a row of dy2 in shared memory, halo columns included
-    static constexpr int kLead = kStride == 1 ? 2 : 1;        // rows of dy2 that a row of y1 waits for
-    static constexpr int kQuad = kStride * kStride;           // positions of y1 for one of dy2
-    static constexpr int kRing = 4, kSlots = 2, kPeriod = 4;  // rows of dy2; of copies; after which all is where it was
-    // Behind a ring row's pixels: three that are zero, for positions that are not there; one that nobody reads.
-    static constexpr int kZero = kPixels, kDump = kPixels + 3;
-    static constexpr int kRowBytes = (kPixels + 4) * kPixelBytes, kRawBytes = kPixels * kPixelBytes;
-    static constexpr int kTileBytes = 16 * kPixelBytes, kNextTile = kWarps * kTileBytes;
-    // Of dz2 and y2, each kSlots rows; of y1 kSlots x kQuad; dz1 on its way out.
-    static constexpr int kDz2 = kRing * kRowBytes, kY2 = kDz2 + kSlots * kRawBytes, kY1 = kY2 + kSlots * kRawBytes,
-                         kLeaving = kY1 + kSlots * kQuad * kRawBytes, kSharedBytes = kLeaving + kQuad * kRawBytes;
-    // Tables of the set-up lie where dz1 leaves later.
-    static constexpr int kFrom = kLeaving, kTo = kFrom + 4 * kPixels, kFirst = kTo + 4 * kPixels,
-                         kOut = kFirst + 4 * kPixels, kSecond = kOut + 4 * kPixels, kConstants = kSecond + 4 * kPixels;
-    static_assert(kConstants + 16 <= kSharedBytes);
-    static constexpr int kProducts = 6;  // of the weight's gradient, of half of the channels
-    static_assert(kWarps * 11 * kSlab * 4 <= kDz2, "the partial sums fit over the ring");
-};
 
 template <class T, int kStride, bool kNormalise>
 __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams& p) {
@@ -52,30 +30,7 @@ __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams
     const bool need_input = kept(uint32_t{p.dz1 != nullptr}), need_weight = kept(uint32_t{p.dweight != nullptr});
     const int rows = at.bottom - at.top, above = kStride == 1 ? at.top - 1 : at.top;
 
-    // --- where things are: thread i looks it up for pixel i of dy2 and for position i ---
-    if (tid < B::kPixels) {
-        const unsigned group = tid / wide, i = tid - group * wide;
-        const int column = at.chunk(group) * columns + i - (kStride == 1 ? 1 : 0);
-        const bool inside = group < at.groups && column >= 0 && column < p.wo;
-        store_shared4(ring + B::kFrom + 4 * tid, inside ? (at.image(group) * p.ho * p.wo + column) * p.c : kNowhere);
-        store_shared4(ring + B::kTo + 4 * tid, inside ? tid : B::kDump);
-        const unsigned own = tid / columns, j = tid - own * columns;
-        const int place_of = at.chunk(own) * columns + j;
-        const bool there = own < at.groups && place_of < p.wo;
-        store_shared4(ring + B::kFirst + 4 * tid, there ? own * wide + j : B::kZero);
-        store_shared4(ring + B::kOut + 4 * tid,
-                      there ? (at.image(own) * p.h * p.w + place_of * kStride) * p.c : kNowhere);
-        store_shared4(ring + B::kSecond + 4 * tid, there && place_of * kStride + 1 < p.w);
-        for (int h = 0; h < 2; ++h) {
-            if (!inside)
-                for (int r = 0; r < B::kRing; ++r) store_shared16(ring + r * B::kRowBytes + place(tid, h), uint4{});
-            // What is never copied is zero.
-            for (int r = 0; r < (4 + 2 * B::kQuad) * B::kSlots / 2; ++r)
-                store_shared16(ring + B::kDz2 + r * B::kRawBytes + tid * kPixelBytes + 16 * h, uint4{});
-        }
-        if (tid < B::kRing * 6)
-            store_shared16(ring + tid / 6 * B::kRowBytes + B::kZero * kPixelBytes + tid % 6 * 16, uint4{});
-    }
+    look_up<kStride>(p, at, ring, columns, wide);
     if (tid == 0) store_shared16(ring + B::kConstants, make_uint4(T::kOnes, T::kOnes, T::kOnes, T::kOnes));
     __syncthreads();
     const uint4 ones = load_shared16(ring + B::kConstants);
@@ -399,42 +354,10 @@ __device__ __forceinline__ void depthwise_backward(const DepthwiseBackwardParams
     wait_copies<0>();
     __syncthreads();
 
-    // --- parts of the block, added in the warps' order: per warp nine taps, then the two sums, of 16 channels ---
     float* parts = reinterpret_cast<float*>(shared);
-    const int n = lane >> 2, e = n & 1;
-    if ((lane & 3) == n >> 1) {  // on the diagonal
-        constexpr int kTaps2[6][2] = {{4, -1}, {5, 3}, {7, -1}, {1, -1}, {8, 6}, {2, 0}};
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            float* own = parts + warp * 11 * kSlab + 8 * h + n;
-#pragma unroll
-            for (int k = 0; k < B::kProducts; ++k)
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const int place_1 = k < 3 ? 3 * k + i : i == h ? 3 * (k - 3) + 2 : 9;
-                    const int tap = kStride == 1 ? 8 - place_1 : kTaps2[k][i];
-                    if (tap >= 0) own[tap * kSlab] = e ? dw[h][k][2 * i + 1] : dw[h][k][2 * i];
-                }
-            own[9 * kSlab] = e ? sums[h][3] : sums[h][2];
-            own[10 * kSlab] = e ? sums[h][1] : sums[h][0];
-        }
-    }
+    leave_parts<kStride>(parts, warp, lane, dw, sums);
     __syncthreads();
-    for (int i = tid; i < 9 * kSlab; i += kThreads) {
-        const int tap = i % 9, c = channel0 + i / 9;
-        if (!need_weight || c >= p.c) continue;
-        float total = 0;
-        for (int w = 0; w < kWarps; ++w) total += parts[w * 11 * kSlab + tap * kSlab + i / 9];
-        p.dweight[(int64_t{1} * at.part * p.c + c) * 9 + tap] = total;
-    }
-    if (kNormalise && need_input && tid < kSlab && tid < channels) {
-        float plain = 0, centred = 0;
-        for (int w = 0; w < kWarps; ++w)
-            plain += parts[w * 11 * kSlab + 9 * kSlab + tid], centred += parts[w * 11 * kSlab + 10 * kSlab + tid];
-        const float mean = p.bn[kMean * p.c + channel0 + tid];
-        float* out = p.sums + int64_t{2} * at.part * p.c + channel0 + tid;
-        out[0] = plain, out[p.c] = fmaf(T::low(T::pack(mean, mean)) - mean, plain, centred);
-    }
+    add_parts<T, kNormalise>(p, at, parts, channel0, channels, need_input, need_weight);
 }
 
 }  // namespace

@@ -1,18 +1,9 @@
 // The kernels of one element type, named fused_<type>_<tile> and fused_<type>_sum. A file defines MBV2_TENSOR and
-// MBV2_TYPE (half, bfloat16, float) and includes this; MBV2_ONLY_TILE compiles one tile alone, for tests.
+// MBV2_TYPE and includes this.
+#include "element_kernels.cuh"
 #include "fused_block.cuh"
 
-#define MBV2_JOIN_(a, b, c) a##b##c
-#define MBV2_JOIN(a, b, c) MBV2_JOIN_(a, b, c)
-#define MBV2_KERNEL(name) MBV2_JOIN(MBV2_JOIN(fused_, MBV2_TYPE, _), name, )
-
-#ifdef MBV2_ONLY_TILE
-template <int kIndex>
-inline constexpr bool kWanted = kIndex == MBV2_ONLY_TILE;
-#else
-template <int kIndex>
-inline constexpr bool kWanted = true;
-#endif
+#define MBV2_KIND fused
 
 #ifdef __CUDA_ARCH__
 inline constexpr int kArch = __CUDA_ARCH__ / 10;
@@ -37,8 +28,6 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 
 namespace mbv2::cuda {
-
-#define MBV2_POINTER(index, ...) reinterpret_cast<const void*>(MBV2_KERNEL(index)),
 
 const void* MBV2_JOIN(MBV2_TYPE, _kernel, )(int index) {
     static const void* const kernels[] = {
