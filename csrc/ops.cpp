@@ -98,8 +98,8 @@ at::Tensor network(const at::Tensor& x, const at::Tensor& packed, const at::Tens
 }
 
 // What compilers and exporters see. In Python it would cost a new process 5 ms: torch looks for its source text.
-at::Tensor network_shape(const at::Tensor& x, const at::Tensor&, const at::Tensor&, int64_t classes,
-                         const std::string&, const std::string&) {
+at::Tensor network_shape(const at::Tensor& x, const at::Tensor&, const at::Tensor&, int64_t classes, const std::string&,
+                         const std::string&) {
     return at::empty_symint({x.sym_size(0), classes}, x.options().memory_format(at::MemoryFormat::Contiguous));
 }
 
