@@ -14,6 +14,7 @@ BENCHES = {
     "kernels": ("bench.kernels", "every operator, forward and backward, by each backend"),
     "model": ("bench.model", "inference of whole networks against torchvision, torch.compile and other runtimes"),
     "train": ("bench.train", "a training step against torchvision"),
+    "accelerate": ("bench.accelerate", "torchvision's, timm's and Hugging Face's network as it is and accelerated"),
     "cpu": ("bench.cpu", "inference on a CPU against other runtimes, by variant, batch and threads"),
     "cpu_parts": ("bench.cpu_parts", "our network on a CPU part by part: share of the peak, GFLOP/s, GB/s"),
     "cpu_scaling": ("bench.cpu_scaling", "what a picture costs on a CPU as batches and pictures grow; odd shapes"),

@@ -21,6 +21,7 @@ _DRAWN_BY = {
     "kernels": "bench.plots_speed",
     "model": "bench.plots_speed",
     "train": "bench.plots_speed",
+    "accelerate": "bench.plots_speed",
     "cpu_training": "bench.plots_speed",
     "cpu_bfloat16": "bench.plots_speed",
     "cpu_int8": "bench.plots_speed",

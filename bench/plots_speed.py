@@ -22,7 +22,7 @@ class Bar(NamedTuple):
 
 
 def figures(result: Result) -> "dict[str, Figure]":
-    """The picture of a result of kernels, model, train, cpu_training, loader, memory or cold, under the suffix ''."""
+    """The picture of a result of any benchmark in _DRAW, under the suffix ''."""
     return {"": _DRAW[result.bench](result)}
 
 
@@ -189,6 +189,7 @@ _DRAW = {
     "kernels": _kernels,
     "model": _speed,
     "train": _speed,
+    "accelerate": _speed,
     "cpu_training": _speed,
     "cpu_bfloat16": _speed,
     "cpu_int8": _speed,

@@ -58,7 +58,8 @@ class Step:
     ) -> None:
         self.model = model.train().to(memory_format=memory_format)
         self.memory_format = memory_format
-        self._within, self._autocast = within, autocast
+        self.autocast = autocast
+        self._within = within
         # Not `or`: the truth of a compiled module is its length, which it has not.
         self._run = self.model if run is None else run
         self._optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
@@ -70,10 +71,10 @@ class Step:
 
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
         """Forward and backward: the loss, with the parameters' gradients in place."""
-        cast = torch.autocast(x.device.type, self._autocast) if self._autocast else nullcontext()
+        cast = torch.autocast(x.device.type, self.autocast) if self.autocast else nullcontext()
         with self._within():
             with cast:
-                loss = F.cross_entropy(self._run(x).float() if self._autocast else self._run(x), labels)
+                loss = F.cross_entropy(self._run(x).float() if self.autocast else self._run(x), labels)
             self._optimizer.zero_grad(set_to_none=True)
             loss.backward()
         return loss.detach()

@@ -1,15 +1,34 @@
 // Stages of the CPU backend for evaluation, BatchNorm folded into weights and biases, as operators, namespace mbv2.
 #include <torch/library.h>
 
+#include "cpu/stem_folded.h"
 #include "ops_cpu_stages.h"
 
 namespace mbv2 {
 namespace {
 
+// Whether the network's kernel reads the picture where it lies.
+bool is_picture(const Tensor& x, const Tensor& weight, int64_t stride) {
+    const int64_t column = x.stride(3);
+    return x.device().is_cpu() && x.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat &&
+           x.size(1) == 3 && stride == 2 && x.numel() > 0 && (column == 1 || column == 3 || x.size(3) == 1);
+}
+
 Tensor stem_folded(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t stride) {
     check_weight(weight, x.size(1), 3);
     const Pictures p = pictures(x, stride);
-    const Tensor in = dense(x, weight), shift = bias_vector(bias, weight.size(0));
+    const Tensor shift = bias_vector(bias, weight.size(0));
+    if (is_picture(x, weight, stride)) {
+        const Tensor taps = weight.contiguous();
+        const Tensor y = new_dense(x, p.batch, weight.size(0), p.out_height(), p.out_width());
+        const cpu::Image image = {data<float>(x), p.batch,     p.height,    p.width,
+                                  x.stride(0),    x.stride(1), x.stride(2), x.stride(3)};
+        const Machine here = machine();
+        cpu::stem_folded(here.kernels.name, here.threads, image, data<float>(taps), data<float>(shift), weight.size(0),
+                         data<float>(y));
+        return y;
+    }
+    const Tensor in = dense(x, weight);
     const Tensor y = new_dense(x, p.batch, weight.size(0), p.out_height(), p.out_width());
     with_type(x, [&]<class T>(T) {
         cpu::train::stem_folded<T>(machine(), data<T>(in), p, weight_of<const T>(weight), data<float>(shift),

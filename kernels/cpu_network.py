@@ -56,7 +56,6 @@ def refusal() -> str | None:
         except ImportError as error:
             _error = error
         else:
-            torch.library.register_fake("mbv2::cpu_network", _fake)
             _loaded = True
             return None
     return (
@@ -140,10 +139,6 @@ def pack(
 def run(x: Tensor, network: PackedNetwork) -> Tensor:
     """Float32 pictures [N, 3, H, W], NCHW or channels_last, on the CPU -> logits [N, classes]; no gradients."""
     return torch.ops.mbv2.cpu_network(x, *network)
-
-
-def _fake(x: Tensor, packed: Tensor, plan: Tensor, classes: int, isa: str, format: str = "float32") -> Tensor:
-    return x.new_empty((x.shape[0], classes))
 
 
 def _require() -> None:

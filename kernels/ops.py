@@ -5,7 +5,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mbv2.kernels import fused, reference
+from mbv2.kernels import reference
 from mbv2.kernels.cpu import support as cpu_support
 from mbv2.kernels.cuda import support as cuda_support
 from mbv2.kernels.dispatch import Backend, asked, choose, count, register
@@ -96,6 +96,9 @@ def _choice(operator: str, x: Tensor) -> str:
 def _way(operator: str, x: Tensor) -> ModuleType:
     """Plain torch, which autograd and compilers see through, or the operators of torch.library."""
     if _choice(operator, x) != "aten":
+        # Registering the operators takes as long as importing everything else here.
+        from mbv2.kernels import fused
+
         return fused
     count(operator, "aten")
     return reference

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -86,7 +87,9 @@ class OptimizedMobileNetV2(nn.Module):
         return super().train(False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_packed", "_plan", "isa")}
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("_packed", "_plan", "isa")}
+        # Pickled one by one, views of one piece of memory would each take all of it along.
+        return {**kept, "_folded": [tensor.clone() for tensor in self._folded]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Those that were stored before there was another format say nothing of it.
@@ -251,11 +254,17 @@ def fold(model: MobileNetV2) -> list[Tensor]:
     for block in model.features[1:-1]:
         stages += [stage for stage in block.stages() if stage is not None]
     stages.append(model.features[-1].stage())
-    folded = []
+    classifier = model.classifier[-1]
+    # By numpy, on this thread: waking torch's thread pool for so little takes longer than the work. And all in one
+    # piece of memory, for which numpy asks for large pages.
+    room = np.empty(sum(weight.numel() for weight, _ in stages) + classifier.weight.numel(), np.float32)
+    folded, begin = [], 0
     for weight, bn in stages:
         scale, shift = scale_and_shift(bn)
-        # By numpy, on this thread: waking torch's thread pool for so little takes longer than the work.
-        product = weight.detach().numpy() * scale.view(-1, 1, 1, 1).numpy()
-        folded += [torch.from_numpy(product.astype("float32", order="C")), shift.float()]
-    classifier = model.classifier[-1]
-    return [*folded, classifier.weight.detach().clone(), classifier.bias.detach().clone()]
+        place = room[begin : begin + weight.numel()].reshape(weight.shape)
+        np.multiply(weight.detach().numpy(), scale.view(-1, 1, 1, 1).numpy(), out=place, casting="same_kind")
+        folded += [torch.from_numpy(place), shift.float()]
+        begin += weight.numel()
+    last = room[begin:].reshape(classifier.weight.shape)
+    last[...] = classifier.weight.detach().numpy()
+    return [*folded, torch.from_numpy(last), classifier.bias.detach().clone()]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mbv2 import pth_file
 from mbv2.errors import UserError
 from mbv2.files import write_atomic
 from mbv2.model import PADDINGS, MobileNetV2, make_divisible
@@ -68,7 +69,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with warnings.catch_warnings():
             # Of old pickle protocols, which damaged files seem to have.
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = _torch_file(path)
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to ask for
         raise UserError(
             f"{path}: not a readable weights file (damaged, or it holds code, which is never run): "
@@ -89,6 +90,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if isinstance(value, Tensor) and value.layout == torch.strided
     }
     return state, meta
+
+
+def _torch_file(path: Path) -> Any:
+    try:
+        return pth_file.read(path)
+    except pth_file.Unusual:
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def save_weights(path: str | Path, state_dict: dict[str, Tensor], meta: dict[str, Any]) -> None:

@@ -209,6 +209,7 @@ def test_pickled_and_copied_it_packs_itself_for_the_instruction_set_of_the_day(m
     fast = mbv2.optimize_for_inference(trained(0.5))
     assert torch.equal(copy.deepcopy(fast)(x), fast(x))
     stored = pickle.dumps(fast)
+    assert len(stored) < 1.1 * 4 * sum(tensor.numel() for tensor in fast._folded)
     monkeypatch.setenv("MBV2_CPU_ISA", "portable")
     loaded = pickle.loads(stored)
     assert loaded.isa == "portable"

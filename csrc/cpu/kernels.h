@@ -86,8 +86,9 @@ struct Kernels {
     void (*classify)(const Conv&, int64_t panel, const Activation* in, int64_t in_plane, int64_t rows, float* out,
                      int64_t out_plane);
 
-    // Row `row` of one panel of relu6(conv3x3(image) + bias), stride 2.
-    void (*stem)(const Stem&, int64_t panel, int64_t row, Hidden* out, int64_t out_plane);
+    // Row `row` of one panel of relu6(conv3x3(image) + bias), stride 2. Pixels are `out_pixel` apart, `lanes` in
+    // planes.
+    void (*stem)(const Stem&, int64_t panel, int64_t row, Hidden* out, int64_t out_pixel, int64_t out_plane);
 
     // Output rows [first, last) of one vector of channels of relu6(depthwise3x3(in) + bias); `in` is where row 0's
     // place is, row `first` goes to `out`.

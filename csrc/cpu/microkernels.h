@@ -41,26 +41,35 @@ inline __attribute__((always_inline)) void sum_stem(Accumulators<V, Rows, Vector
     }
 }
 
+// Where the stem's outputs go: `pixel` and `plane` are the distances of neighbouring pixels and vectors.
+template <class F>
+struct StemOut {
+    typename F::Hidden* at;
+    int64_t pixel, plane;
+};
+
 // One tile of the stem.
 template <class V, class F, int Rows, int Vectors, int ColumnStride>
-void stem_tile(const Patch& in, const float* b, const float* outputs, typename F::Hidden* out, int64_t out_plane) {
+void stem_tile(const Patch& in, const float* b, const float* outputs, const StemOut<F>& out) {
     Accumulators<V, Rows, Vectors> acc;
     start<F::output_vectors>(acc, outputs);
     sum_stem<V, Rows, Vectors, ColumnStride>(acc, in, b);
     clamp(acc);
-    store(acc, out, out_plane);
+    MBV2_UNROLL for (int m = 0; m < Rows; ++m) {
+        MBV2_UNROLL for (int v = 0; v < Vectors; ++v) V::store(out.at + m * out.pixel + v * out.plane, acc.value[m][v]);
+    }
 }
 
 // Pixels [first, last) whose three columns all lie inside the picture, straight from the picture's memory.
 template <class V, class F, int Vectors, int ColumnStride>
 void stem_interior(const Patch& rows, const float* weights, const float* outputs, int64_t first, int64_t last,
-                   typename F::Hidden* out, int64_t out_plane) {
+                   const StemOut<F>& out) {
     constexpr int kMost = V::rows[Vectors - 1];
-    using Function = void (*)(const Patch&, const float*, const float*, typename F::Hidden*, int64_t);
+    using Function = void (*)(const Patch&, const float*, const float*, const StemOut<F>&);
     const auto run = [&](Function function, int64_t x) {
         Patch here = rows;
         here.base += (2 * x - 1) * ColumnStride;
-        function(here, weights, outputs, out + x * V::lanes, out_plane);
+        function(here, weights, outputs, {out.at + x * out.pixel, out.pixel, out.plane});
     };
     int64_t x = first;
     if (last - first >= kMost) {
@@ -74,7 +83,7 @@ void stem_interior(const Patch& rows, const float* weights, const float* outputs
 }
 
 template <class V, class F, int Vectors>
-void stem_panel(const Stem& stem, int64_t panel, int64_t row, typename F::Hidden* out, int64_t out_plane) {
+void stem_panel(const Stem& stem, int64_t panel, int64_t row, const StemOut<F>& out) {
     const int64_t y = 2 * row - 1, top = y < 0 ? 1 : 0, bottom = y + 3 > stem.height ? stem.height - y : 3;
     const int64_t vector = stem.conv.panels.first(panel);
     const float* weights = stem.conv.weights + (vector * 27 + top * 9 * Vectors) * V::lanes;
@@ -84,7 +93,7 @@ void stem_panel(const Stem& stem, int64_t panel, int64_t row, typename F::Hidden
     if (last > 1) {
         const auto interior =
             stem.column_stride == 1 ? stem_interior<V, F, Vectors, 1> : stem_interior<V, F, Vectors, 3>;
-        interior(rows, weights, outputs, 1, last, out, out_plane);
+        interior(rows, weights, outputs, 1, last, out);
     }
     // The first pixel, and with an odd width the last, from a copy with zeros beside the picture.
     for (int64_t x = 0; x < out_width; x += (last > 1 && x == 0) ? last : 1) {
@@ -99,19 +108,21 @@ void stem_panel(const Stem& stem, int64_t panel, int64_t row, typename F::Hidden
                 }
             }
         }
-        stem_tile<V, F, 1, Vectors, 1>({copy, rows.rows, 9, 3}, weights, outputs, out + x * V::lanes, out_plane);
+        stem_tile<V, F, 1, Vectors, 1>({copy, rows.rows, 9, 3}, weights, outputs,
+                                       {out.at + x * out.pixel, out.pixel, out.plane});
     }
 }
 
 template <class V, class F>
-void stem(const Stem& stem, int64_t panel, int64_t row, typename F::Hidden* out, int64_t out_plane) {
+void stem(const Stem& stem, int64_t panel, int64_t row, typename F::Hidden* out, int64_t out_pixel, int64_t out_plane) {
     const int64_t vectors = stem.conv.panels.size(panel);
+    const StemOut<F> to = {out, out_pixel, out_plane};
     // Panels of two may have one or three.
     if constexpr (V::panel > 1) {
-        if (vectors > 2) return stem_panel<V, F, 3>(stem, panel, row, out, out_plane);
-        if (vectors > 1) return stem_panel<V, F, 2>(stem, panel, row, out, out_plane);
+        if (vectors > 2) return stem_panel<V, F, 3>(stem, panel, row, to);
+        if (vectors > 1) return stem_panel<V, F, 2>(stem, panel, row, to);
     }
-    stem_panel<V, F, 1>(stem, panel, row, out, out_plane);
+    stem_panel<V, F, 1>(stem, panel, row, to);
 }
 
 // Most outputs in a row of one depthwise tile: rows of 7, 14, 28, 56 and 112 pixels divide evenly.

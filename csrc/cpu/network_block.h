@@ -64,7 +64,7 @@ struct BlockRun {
             Hidden* to = hidden + row % ring * width * lanes();
             if (stem != nullptr) {
                 for (int64_t r = 0; r < rows; ++r) {
-                    kernels.stem(*stem, panel, row + r, to + r * width * lanes(), plane);
+                    kernels.stem(*stem, panel, row + r, to + r * width * lanes(), lanes(), plane);
                 }
             } else {
                 kernels.expand(expand, panel, in + row * width * lanes(), height * width * lanes(), rows * width, to,
