@@ -38,7 +38,7 @@ def finish(result: Result, columns: Sequence[Column], out: Path | None) -> int:
     if out is not None:
         json = out.parent / f"{out.name}.json"
         result.write(json)
-        written = [json, *plots.draw(result, json)]
+        written = [json, *(plots.draw(result, json) if result.rows else [])]
         print("wrote " + ", ".join(map(str, written)))
     wrong = [name for name, why in result.left_out.items() if why.startswith("wrong") and "mbv2" in name]
     return 1 if wrong or not result.rows else 0

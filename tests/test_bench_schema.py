@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import schema, tables
+from bench import report, schema, tables
 from bench.schema import Result
 from bench.tables import Column
 from mbv2.errors import UserError
@@ -92,3 +92,10 @@ def test_numbers_stand_to_the_right_and_names_to_the_left() -> None:
 def test_the_markdown_table_aligns_numbers() -> None:
     lines = tables.markdown(result(rows=[{"name": "a", "median_ms": 2, "note": None}]), COLUMNS).splitlines()
     assert lines == ["| runner | ms | note |", "| :-- | --: | :-- |", "| a | 2.0 |  |"]
+
+
+def test_a_result_in_which_all_was_left_out_is_written_and_fails(tmp_path: Path) -> None:
+    written = result("cpu_blocks")
+    written.left_out["mbv2"] = "wrong: off by 1"
+    assert report.finish(written, [Column("name", "name")], tmp_path / "r") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
