@@ -256,18 +256,26 @@ def test_the_loss_of_200_steps_on_flowers_follows_eager_s_within_noise(shared_da
     x = torch.stack(pictures).view(-1, 48, 48, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
     labels = torch.tensor([folders.index(file.parent.name) for file in files])
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    runs = {"cpu": [], "aten": []}
+    runs = {"cpu": [], "aten": [], "aten again": []}
     for seed in range(3):
         torch.manual_seed(seed)
         net = mbv2.MobileNetV2(len(folders), 0.35, dropout=0.0).train()
-        for backend, found in runs.items():
-            found.append(losses(net, backend, 200, x[order], labels[order], 0.01, count=32))
-    # Two runs of one seed part by rounding alone after some dozen steps, so it is seeds that are averaged over.
-    mine, theirs = (torch.tensor(found).view(3, 5, 40).mean((0, 2)) for found in runs.values())
-    assert mine[-1] < 0.5 * mine[0]
-    torch.testing.assert_close(mine[:2], theirs[:2], rtol=0.05, atol=0)
-    torch.testing.assert_close(mine, theirs, rtol=0, atol=0.25)
-    assert float(mine.mean()) == pytest.approx(float(theirs.mean()), rel=0.1)
+        for name, found in runs.items():
+            if name == "aten again":
+                nudge(net)
+            found.append(losses(net, name.split()[0], 200, x[order], labels[order], 0.01, count=32))
+    mine, theirs, again = (torch.tensor(found).view(3, 5, 40).mean(2) for found in runs.values())
+    assert mine[:, -1].mean() < 0.5 * mine[:, 0].mean()
+    torch.testing.assert_close(mine[:, 0].mean(), theirs[:, 0].mean(), rtol=0.03, atol=0)
+    # Two runs of one seed part by rounding alone after some dozen steps: that is the noise.
+    assert (mine - theirs).norm() < 2 * (again - theirs).norm()
+
+
+def nudge(net: nn.Module) -> None:
+    """Change all parameters by about as much as rounding does."""
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(1 + 1e-6 * torch.randn_like(parameter))
 
 
 def small(picture: "Image.Image") -> bytes:  # noqa: F821
