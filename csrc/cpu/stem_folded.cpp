@@ -1,5 +1,6 @@
 #include "stem_folded.h"
 
+#include <algorithm>
 #include <cstdint>
 
 #include "isa.h"
