@@ -102,6 +102,21 @@ void forward_few(const Forward<T>& conv, const InPlace<T>& weights, int64_t rows
     }
 }
 
+// Columns [next, next + width) of the first `left` rows of a weight and of its gradient, during the products of the
+// panel before: dx or dz2 if `input`, the gradient if it is wanted.
+template <class V, class T>
+Ahead columns_ahead(const InPlace<T>& weights, int64_t next, int64_t left, int64_t width, int64_t rows, int64_t outputs,
+                    bool input) {
+    const bool weight = weights.gradient != nullptr;
+    return {weights.weight + next,
+            weight ? weights.gradient + next : nullptr,
+            left,
+            width,
+            weights.stride,
+            (input ? tiles_of<V>(rows) * ceil_div(outputs, kRun) : 0) +
+                (weight ? tiles_of<V>(outputs) * ceil_div(rows, kRun) : 0)};
+}
+
 template <class V, class T>
 void project_backward_few(const ProjectBackward<T>& conv, const InPlace<T>& weights, int64_t rows, int64_t begin,
                           int64_t end, float* sums, float* scratch) {
@@ -117,10 +132,7 @@ void project_backward_few(const ProjectBackward<T>& conv, const InPlace<T>& weig
     for (int64_t p = begin; p < end; ++p) {
         const int64_t column = 2 * p * V::lanes, count = panel_vectors(vectors, p), width = count * V::lanes;
         const int64_t used = least(width, hidden - column), next = column + width;
-        Ahead ahead(weights.weight + next, weight ? weights.gradient + next : nullptr, p + 1 < end ? outputs : 0, width,
-                    weights.stride,
-                    (input ? tiles_of<V>(rows) * ceil_div(outputs, kRun) : 0) +
-                        (weight ? tiles_of<V>(outputs) * ceil_div(rows, kRun) : 0));
+        Ahead ahead = columns_ahead<V>(weights, next, p + 1 < end ? outputs : 0, width, rows, outputs, input);
         if (input) {
             into_panel<V>(weights.weight + column, weights.stride, outputs, used, count, packed);
             gemm<V, false>(tile, stride, rows, outputs, packed, count, panel, false, ahead);
@@ -147,10 +159,7 @@ void expand_backward_few(const PointwiseBackward<T>& conv, const InPlace<T>& wei
     for (int64_t p = begin; p < end; ++p) {
         const int64_t column = 2 * p * V::lanes, count = panel_vectors(vectors, p), width = count * V::lanes;
         const int64_t used = least(width, inputs - column), next = column + width;
-        Ahead ahead(weights.weight + next, weight ? weights.gradient + next : nullptr, p + 1 < end ? outputs : 0, width,
-                    weights.stride,
-                    (input ? tiles_of<V>(rows) * ceil_div(outputs, kRun) : 0) +
-                        (weight ? tiles_of<V>(outputs) * ceil_div(rows, kRun) : 0));
+        Ahead ahead = columns_ahead<V>(weights, next, p + 1 < end ? outputs : 0, width, rows, outputs, input);
         if (input) {
             into_panel<V>(weights.weight + column, weights.stride, outputs, used, count, packed);
             gemm<V, false>(tile, stride, rows, outputs, packed, count, panel, false, ahead);

@@ -14,17 +14,6 @@ bool few_rows(const Weight<T>& weight, int64_t rows) {
     return rows <= kFewRows && weight.taps == 1 && (weight.inputs == 1 || weight.input_stride == 1);
 }
 
-// body(begin, end, scratch) for ranges that make up [0, count).
-template <class Body>
-void run_ranges(const Machine& machine, int64_t count, int64_t floats, const Body& body) {
-    const auto range = [&](int64_t begin, int64_t end) { body(begin, end, memory.task.get(floats)); };
-    if (machine.threads.count == 1 || count == 1) return range(0, count);
-    using Range = decltype(range);
-    machine.threads.run(
-        count, const_cast<void*>(static_cast<const void*>(&range)),
-        [](void* context, int64_t begin, int64_t end) { (*static_cast<const Range*>(context))(begin, end); });
-}
-
 template <class T>
 void forward_few(const Machine& machine, Forward<T> conv, const float* bn, const Weight<const T>& weight, int64_t rows,
                  float* moments) {

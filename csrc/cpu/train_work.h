@@ -40,18 +40,23 @@ struct ThreadMemory {
 };
 inline thread_local ThreadMemory memory;
 
-// body(i, scratch) for every i in [0, count), each with `floats` of scratch memory.
+// body(begin, end, scratch) for ranges that make up [0, count), each with `floats` of scratch memory.
 template <class Body>
-void run_tasks(const Machine& machine, int64_t count, int64_t floats, const Body& body) {
-    const auto range = [&](int64_t begin, int64_t end) {
-        float* scratch = memory.task.get(floats);
-        for (int64_t i = begin; i < end; ++i) body(i, scratch);
-    };
+void run_ranges(const Machine& machine, int64_t count, int64_t floats, const Body& body) {
+    const auto range = [&](int64_t begin, int64_t end) { body(begin, end, memory.task.get(floats)); };
     if (machine.threads.count == 1 || count == 1) return range(0, count);
     using Range = decltype(range);
     machine.threads.run(
         count, const_cast<void*>(static_cast<const void*>(&range)),
         [](void* context, int64_t begin, int64_t end) { (*static_cast<const Range*>(context))(begin, end); });
+}
+
+// body(i, scratch) for every i in [0, count).
+template <class Body>
+void run_tasks(const Machine& machine, int64_t count, int64_t floats, const Body& body) {
+    run_ranges(machine, count, floats, [&](int64_t begin, int64_t end, float* scratch) {
+        for (int64_t i = begin; i < end; ++i) body(i, scratch);
+    });
 }
 
 // The machine, or one thread of it where there is too little to do for others to be woken: `work` in multiply-adds.
